@@ -1,0 +1,1 @@
+"""The host floor: requests, pages, plans and the scheduler. Plain Python; nothing here imports JAX."""

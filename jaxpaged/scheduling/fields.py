@@ -1,0 +1,163 @@
+"""The one table of sampling fields: name, type, range, default and meaning.
+
+``SamplingParams`` validates itself against it, the server's parser extends it with the fields of each endpoint, the
+documentation prints it, and the tests walk along its edges. Knows nothing of models: bounds that depend on one
+(vocabulary, context length) are checked where the model is known, in ``engine.admission``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from jaxpaged.errors import RequestError
+
+Kind = Literal["int", "float", "bool", "string", "int_list", "string_list", "bias_map"]
+
+MAX_LOGPROBS = 20
+MAX_STOP_STRINGS = 16
+MAX_STOP_BYTES = 256
+MAX_TOKEN_IDS = 1024
+MAX_SEED = 2**63 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Field:
+    """One request field.
+
+    Attributes:
+        name: As in vLLM's ``SamplingParams`` and request bodies.
+        kind: JSON type; ``bias_map`` is an object of token id to number, ``string_list`` also takes one string.
+        meaning: One sentence for the documentation.
+        default: Value when the field is absent or null.
+        low, high: Inclusive bounds of a number, of each number in a list, or of a map's values; None for none.
+        low_open: Whether ``low`` itself is excluded.
+        max_items: Longest list or map.
+        nullable: Whether null is allowed (and means the default).
+    """
+
+    name: str
+    kind: Kind
+    meaning: str
+    default: Any = None
+    low: float | None = None
+    high: float | None = None
+    low_open: bool = False
+    max_items: int | None = None
+    nullable: bool = True
+
+    def allowed(self) -> str:
+        """Says in words what the field takes, for error messages and documentation."""
+        span = _span(self)
+        match self.kind:
+            case "int":
+                return f"an integer{span}"
+            case "float":
+                return f"a number{span}"
+            case "bool":
+                return "true or false"
+            case "string":
+                return "a string"
+            case "int_list":
+                return f"a list of at most {self.max_items} integers{span}"
+            case "string_list":
+                return f"a string or a list of at most {self.max_items} non-empty strings of at most {MAX_STOP_BYTES} bytes each"
+            case "bias_map":
+                return f"an object of at most {self.max_items} token ids to numbers{span}"
+
+    def check(self, value: object) -> None:
+        """Raises RequestError, naming field, value and what is allowed, unless ``value`` fits."""
+        if value is None and self.nullable:
+            return
+        if not _fits(self, value):
+            shown = repr(value)
+            shown = shown if len(shown) <= 80 else shown[:77] + "..."
+            raise RequestError(f"{self.name} must be {self.allowed()}; got {shown}", param=self.name)
+
+
+SAMPLING_FIELDS: tuple[Field, ...] = (
+    Field("n", "int", "How many completions to generate.", default=1, low=1, high=128),
+    Field("max_tokens", "int", "Most tokens to generate.", default=None, low=1, high=2**31 - 1),
+    Field("min_tokens", "int", "No end of sequence and no stop before this many tokens.", default=0, low=0, high=2**31 - 1),
+    Field("temperature", "float", "Divides the logits; 0 (and anything below 1e-5) takes the most likely token.", default=1.0, low=0.0, high=2.0),
+    Field("top_p", "float", "Keep the most likely tokens whose probabilities add up to this.", default=1.0, low=0.0, high=1.0, low_open=True),
+    Field("top_k", "int", "Keep this many most likely tokens; 0 or -1 keeps all.", default=0, low=-1, high=2**31 - 1),
+    Field("min_p", "float", "Drop tokens less likely than this share of the most likely one.", default=0.0, low=0.0, high=1.0),
+    Field("repetition_penalty", "float", "Divides positive and multiplies negative logits of tokens in prompt or output.", default=1.0, low=0.0, high=10.0, low_open=True),
+    Field("presence_penalty", "float", "Subtracted from the logit of each token in the output.", default=0.0, low=-2.0, high=2.0),
+    Field("frequency_penalty", "float", "Subtracted once for each time the token is in the output.", default=0.0, low=-2.0, high=2.0),
+    Field("logit_bias", "bias_map", "Added to the logits of these token ids.", low=-100.0, high=100.0, max_items=MAX_TOKEN_IDS),
+    Field("allowed_token_ids", "int_list", "Only these ids may be generated.", low=0, high=2**31 - 1, max_items=2**17),
+    Field("bad_token_ids", "int_list", "These ids are never generated.", low=0, high=2**31 - 1, max_items=2**17),
+    Field("seed", "int", "Same seed, prompt and parameters give the same tokens, whatever else is in the batch.", low=-MAX_SEED - 1, high=MAX_SEED),
+    Field("stop", "string_list", "Text that ends the output.", max_items=MAX_STOP_STRINGS),
+    Field("stop_token_ids", "int_list", "Ids that end the output.", low=0, high=2**31 - 1, max_items=MAX_TOKEN_IDS),
+    Field("include_stop_str_in_output", "bool", "Keep the stop string in the text.", default=False),
+    Field("ignore_eos", "bool", "Do not end at the model's end-of-sequence ids.", default=False),
+    Field("logprobs", "int", "Also return the log-probabilities of this many most likely tokens at each position.", low=0, high=MAX_LOGPROBS),
+    Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS),
+    Field("skip_special_tokens", "bool", "Leave special tokens out of the text.", default=True),
+)
+
+
+def check_sampling_fields(values: Mapping[str, object]) -> None:
+    """Checks every sampling field, and the rules that tie two of them together.
+
+    Raises:
+        RequestError: Names the field, the value and what is allowed.
+    """
+    for field in SAMPLING_FIELDS:
+        field.check(values.get(field.name))
+    max_tokens, min_tokens = values.get("max_tokens"), values.get("min_tokens") or 0
+    if isinstance(max_tokens, int) and isinstance(min_tokens, int) and min_tokens > max_tokens:
+        raise RequestError(f"min_tokens must not exceed max_tokens ({max_tokens}); got {min_tokens}", param="min_tokens")
+    if values.get("allowed_token_ids") is not None and not values["allowed_token_ids"]:
+        raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+
+
+def _span(field: Field) -> str:
+    if field.low is None or field.high is None:
+        return ""
+    return f" in {'(' if field.low_open else '['}{field.low:g}, {field.high:g}]"
+
+
+def _fits(field: Field, value: object) -> bool:
+    match field.kind:
+        case "bool":
+            return isinstance(value, bool)
+        case "string":
+            return isinstance(value, str)
+        case "int":
+            return _is_int(value) and _in_range(field, value)
+        case "float":
+            return _is_number(value) and _in_range(field, value)
+        case "int_list":
+            return _is_list(field, value) and all(_is_int(item) and _in_range(field, item) for item in value)  # type: ignore[union-attr]
+        case "string_list":
+            items = [value] if isinstance(value, str) else value
+            return _is_list(field, items) and all(isinstance(i, str) and 0 < len(i.encode("utf-8", "replace")) <= MAX_STOP_BYTES for i in items)  # type: ignore[union-attr]
+        case "bias_map":
+            return (
+                isinstance(value, Mapping)
+                and (field.max_items is None or len(value) <= field.max_items)
+                and all(_is_int(k) and k >= 0 and _is_number(v) and _in_range(field, v) for k, v in value.items())
+            )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool)
+
+
+def _is_number(value: object) -> bool:
+    return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
+
+
+def _is_list(field: Field, value: object) -> bool:
+    return isinstance(value, list | tuple) and (field.max_items is None or len(value) <= field.max_items)
+
+
+def _in_range(field: Field, value: Any) -> bool:
+    above = field.low is None or (field.low < value if field.low_open else field.low <= value)
+    return above and (field.high is None or value <= field.high)

@@ -1,0 +1,154 @@
+"""What a client asks for (frozen) and what the engine makes of it (mutable).
+
+Knows nothing of text, arrays or devices: a prompt is a tuple of token ids.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+from collections.abc import Sequence as Seq
+
+from jaxpaged.scheduling.fields import check_sampling_fields
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to generate; names, defaults and meanings as in vLLM, ranges in ``scheduling.fields``.
+
+    Raises:
+        RequestError: A field has the wrong type or is out of range; names the field, the value and what is allowed.
+    """
+
+    n: int = 1
+    max_tokens: int | None = 16
+    min_tokens: int = 0
+    temperature: float = 1.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] | None = None
+    allowed_token_ids: Seq[int] | None = None
+    bad_token_ids: Seq[int] | None = None
+    seed: int | None = None
+    stop: str | Seq[str] | None = None
+    stop_token_ids: Seq[int] | None = None
+    include_stop_str_in_output: bool = False
+    ignore_eos: bool = False
+    logprobs: int | None = None
+    prompt_logprobs: int | None = None
+    skip_special_tokens: bool = True
+
+    def __post_init__(self) -> None:
+        check_sampling_fields(dataclasses.asdict(self))
+        object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
+        for name in ("stop_token_ids", "bad_token_ids"):
+            object.__setattr__(self, name, tuple(getattr(self, name) or ()))
+        if self.allowed_token_ids is not None:
+            object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the most likely token is always taken (temperatures below 1e-5 count as 0, as in vLLM)."""
+        return self.temperature < 1e-5
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Request:
+    """One client request, validated against the model; nothing in it changes after submission.
+
+    Attributes:
+        id: Unique in this engine; made by the server or by ``LLM``, never by the client.
+        prompt: Token ids, at least one, each in [0, vocabulary).
+        params: Sampling parameters, with ``max_tokens`` resolved to a number that fits the context.
+        eos_token_ids: Ids that end a sequence unless ``params.ignore_eos``.
+        seed: 64-bit seed; drawn by the engine when the client gave none.
+        arrival_s: Monotonic time of submission, in seconds.
+    """
+
+    id: str
+    prompt: tuple[int, ...]
+    params: SamplingParams
+    eos_token_ids: tuple[int, ...] = ()
+    seed: int = 0
+    arrival_s: float = 0.0
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """Every id that ends a sequence of this request: the client's, and the model's unless ignored."""
+        own = tuple(self.params.stop_token_ids or ())
+        return own if self.params.ignore_eos else own + tuple(i for i in self.eos_token_ids if i not in own)
+
+
+class Status(enum.Enum):
+    """Where a sequence is in its life; only the scheduler changes it."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+class FinishReason(enum.StrEnum):
+    """Why a sequence ended; the values are OpenAI's where it has one."""
+
+    STOP = "stop"
+    LENGTH = "length"
+    ABORT = "abort"
+    ERROR = "error"
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One running generation of a request (``n`` > 1 means one request, n sequences). Owned by the scheduler.
+
+    Attributes:
+        request: What was asked.
+        index: Which of the request's ``n`` samples this is.
+        tokens: Prompt, then every token sampled so far whose value the host knows.
+        num_computed: Tokens whose K/V is in the pool once every dispatched step is done. May exceed ``len(tokens) - 1``
+            while a sampled token is still on the device only.
+        num_pending: Sampled tokens that dispatched steps will deliver and the host has not read yet.
+        page_ids: Pages in logical order; append-only while running, page ``i`` holds positions ``[i*B, (i+1)*B)``.
+        slot: Row of the per-slot device state, held from admission until finish or preemption.
+        last_step: Number of the last dispatched step that contains this sequence (the fence for its pages).
+        num_preemptions: How often its pages were taken back.
+        num_faults: Failed steps that this sequence alone can have caused.
+        suspect: It was in a step that failed and has not been part of a good one since.
+    """
+
+    request: Request
+    index: int = 0
+    tokens: list[int] = dataclasses.field(default_factory=list)
+    num_computed: int = 0
+    num_pending: int = 0
+    page_ids: list[int] = dataclasses.field(default_factory=list)
+    slot: int | None = None
+    status: Status = Status.WAITING
+    finish_reason: FinishReason | None = None
+    stop_reason: int | str | None = None
+    last_step: int = 0
+    num_preemptions: int = 0
+    num_faults: int = 0
+    suspect: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.tokens:
+            self.tokens = list(self.request.prompt)
+
+    @property
+    def num_prompt(self) -> int:
+        """Tokens of the prompt."""
+        return len(self.request.prompt)
+
+    @property
+    def num_output(self) -> int:
+        """Sampled tokens that the host knows."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def num_total(self) -> int:
+        """Tokens including those still on the device only."""
+        return len(self.tokens) + self.num_pending

@@ -1,0 +1,260 @@
+"""Everything that crosses the jit border, as frozen pytrees: the page pool, a step's inputs, per-slot state, outputs.
+
+Letters: T tokens of a step, S slots (rows of the batch), M slots that exist (``max_num_seqs``), P width of a block table,
+N pages, K key/value heads, D head dimension, V vocabulary, B page size. Indices are int32.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import enum
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Bool, Float, Int
+
+NULL_PAGE = 0
+"""Padding reads this page; no sequence owns it and nothing is ever written to it."""
+
+TOP_LOGPROBS = 20
+"""Width of the top log-probabilities that a step returns."""
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagePool:
+    """The fixed array of pages, one per layer; a page id names the same page in each.
+
+    Attributes:
+        layers: Per layer ``[N, B, 2K, D]``; K and V interleave on the head axis (K of head k at 2k, V at 2k + 1).
+    """
+
+    layers: tuple[Array, ...]
+
+    @property
+    def num_pages(self) -> int:
+        """N, the null page included."""
+        return self.layers[0].shape[0]
+
+    @property
+    def page_size(self) -> int:
+        """B, token positions in a page."""
+        return self.layers[0].shape[1]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of all layers."""
+        return sum(layer.size * layer.dtype.itemsize for layer in self.layers)
+
+
+class RowFlag(enum.IntFlag):
+    """What a step does for one row; the bits of ``StepInputs.flags``."""
+
+    SAMPLES = 1
+    RANDOM = 2
+    PENALTIES = 4
+    BIAS = 8
+    SUPPRESS_STOP = 16
+    LOGPROBS = 32
+    PROMPT_LOGPROBS = 64
+
+
+class TokenFlag(enum.IntFlag):
+    """The low bits of ``SamplingState.token_flags``; the bits above count the token in the output."""
+
+    IN_PROMPT = 1
+    STOPS = 2
+    OUTPUT_ONE = 4
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class SamplingState:
+    """What sampling remembers of each slot from step to step; donated and updated in place.
+
+    Attributes:
+        last_tokens: int32 [M], the token each slot sampled last; the next step reads it where the host does not know it.
+        logit_bias: float32 [M, V], added to the logits of rows with RowFlag.BIAS; -inf for ids that are not allowed.
+        token_flags: int32 [M, V], ``TokenFlag`` bits, and the output count times ``TokenFlag.OUTPUT_ONE``.
+    """
+
+    last_tokens: Int[Array, " M"]
+    logit_bias: Float[Array, "M V"]
+    token_flags: Int[Array, "M V"]
+
+
+_INT_COLUMNS = ("kv_lens", "slots", "flags", "top_k", "seed_low", "seed_high")
+_FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepInputs:
+    """One step's work, in two host arrays so that it reaches the device in two transfers.
+
+    Row s holds tokens ``cu_q_lens[s]:cu_q_lens[s + 1]`` of the flat arrays; single-token rows come first. Rows and tokens
+    beyond those in use are padding: ``kv_lens`` 0, table of null pages, slot M (out of range, so writes drop), position 0.
+
+    Attributes:
+        ints: int32, the concatenation of ``tokens``, ``positions``, ``targets`` [T each]; the columns ``kv_lens``, ``slots``,
+            ``flags``, ``top_k``, ``seed_low``, ``seed_high`` [S each]; ``cu_q_lens`` [S + 1]; ``distribution`` [3];
+            ``block_tables`` [S, P].
+        floats: float32 [6, S]: temperature, top_p, min_p, repetition, presence and frequency penalty.
+        num_tokens, num_rows, table_width: T, S and P; static.
+    """
+
+    ints: Int[Array, " I"]
+    floats: Float[Array, "6 S"]
+    num_tokens: int = dataclasses.field(metadata={"static": True})
+    num_rows: int = dataclasses.field(metadata={"static": True})
+    table_width: int = dataclasses.field(metadata={"static": True})
+
+    @classmethod
+    def zeros(cls, num_tokens: int, num_rows: int, table_width: int, *, max_num_seqs: int) -> StepInputs:
+        """Returns inputs of this size that are all padding, as NumPy arrays to be filled through the views."""
+        size = 3 * num_tokens + len(_INT_COLUMNS) * num_rows + (num_rows + 1) + 3 + num_rows * table_width
+        inputs = cls(np.zeros(size, np.int32), np.zeros((len(_FLOAT_COLUMNS), num_rows), np.float32), num_tokens, num_rows, table_width)
+        inputs.slots[:] = max_num_seqs
+        inputs.targets[:] = -1
+        inputs.floats[3] = 1.0  # repetition penalty
+        return inputs
+
+    @property
+    def tokens(self) -> Int[Array, " T"]:
+        """Token ids; ``plan.FEEDBACK`` (-1) takes the slot's ``SamplingState.last_tokens``."""
+        return self.ints[: self.num_tokens]
+
+    @property
+    def positions(self) -> Int[Array, " T"]:
+        """Position of each token in its sequence."""
+        return self.ints[self.num_tokens : 2 * self.num_tokens]
+
+    @property
+    def targets(self) -> Int[Array, " T"]:
+        """Prompt token that follows each position, where prompt log-probabilities are asked for; else -1."""
+        return self.ints[2 * self.num_tokens : 3 * self.num_tokens]
+
+    def _column(self, name: str) -> Int[Array, " S"]:
+        start = 3 * self.num_tokens + _INT_COLUMNS.index(name) * self.num_rows
+        return self.ints[start : start + self.num_rows]
+
+    @property
+    def kv_lens(self) -> Int[Array, " S"]:
+        """Tokens of each row's sequence once this step's are written; 0 for padding rows."""
+        return self._column("kv_lens")
+
+    @property
+    def slots(self) -> Int[Array, " S"]:
+        """Slot of each row's sequence, M for padding rows."""
+        return self._column("slots")
+
+    @property
+    def flags(self) -> Int[Array, " S"]:
+        """``RowFlag`` bits."""
+        return self._column("flags")
+
+    @property
+    def top_k(self) -> Int[Array, " S"]:
+        """Number of tokens to keep; 0 keeps all."""
+        return self._column("top_k")
+
+    @property
+    def seed_low(self) -> Int[Array, " S"]:
+        """Low 32 bits of the row's seed."""
+        return self._column("seed_low")
+
+    @property
+    def seed_high(self) -> Int[Array, " S"]:
+        """High 32 bits of the row's seed."""
+        return self._column("seed_high")
+
+    @property
+    def _tail(self) -> int:
+        return 3 * self.num_tokens + len(_INT_COLUMNS) * self.num_rows
+
+    @property
+    def cu_q_lens(self) -> Int[Array, " S+1"]:
+        """Running sum of the rows' new tokens; padding rows repeat the total."""
+        return self.ints[self._tail : self._tail + self.num_rows + 1]
+
+    @property
+    def distribution(self) -> Int[Array, " 3"]:
+        """Ends of the row regions: single-token rows, rows of a kernel's choice, all rows in use."""
+        start = self._tail + self.num_rows + 1
+        return self.ints[start : start + 3]
+
+    @property
+    def block_tables(self) -> Int[Array, "S P"]:
+        """Page ids of each row's sequence, padded with the null page."""
+        start = self._tail + self.num_rows + 4
+        return self.ints[start:].reshape(self.num_rows, self.table_width)
+
+    @property
+    def temperature(self) -> Float[Array, " S"]:
+        """Divides the logits of rows with RowFlag.RANDOM."""
+        return self.floats[0]
+
+    @property
+    def top_p(self) -> Float[Array, " S"]:
+        """Probability mass to keep, in (0, 1]."""
+        return self.floats[1]
+
+    @property
+    def min_p(self) -> Float[Array, " S"]:
+        """Least probability to keep, as a share of the largest."""
+        return self.floats[2]
+
+    @property
+    def repetition_penalty(self) -> Float[Array, " S"]:
+        """1 for none."""
+        return self.floats[3]
+
+    @property
+    def presence_penalty(self) -> Float[Array, " S"]:
+        """0 for none."""
+        return self.floats[4]
+
+    @property
+    def frequency_penalty(self) -> Float[Array, " S"]:
+        """0 for none."""
+        return self.floats[5]
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class StepOutput:
+    """What a step says of its rows. The host reads ``tokens`` always and the rest only where a request asked.
+
+    Attributes:
+        tokens: int32 [S], the sampled token; -1 for rows that do not sample or whose logits hold NaN.
+        logprobs: float32 [S], log-probability of ``tokens`` in the model's own distribution; 0 unless RowFlag.LOGPROBS.
+        ranks: int32 [S], rank of ``tokens``, 1 for the most likely.
+        top_ids, top_logprobs: [S, 20], most likely ids, best first, with their log-probabilities.
+        prompt_logprobs, prompt_ranks: [T], of ``StepInputs.targets``; 0 unless RowFlag.PROMPT_LOGPROBS.
+        prompt_top_ids, prompt_top_logprobs: [T, 20].
+    """
+
+    tokens: Int[Array, " S"]
+    logprobs: Float[Array, " S"]
+    ranks: Int[Array, " S"]
+    top_ids: Int[Array, "S 20"]
+    top_logprobs: Float[Array, "S 20"]
+    prompt_logprobs: Float[Array, " T"]
+    prompt_ranks: Int[Array, " T"]
+    prompt_top_ids: Int[Array, "T 20"]
+    prompt_top_logprobs: Float[Array, "T 20"]
+
+
+def has_flag(flags: Int[Array, " S"], flag: RowFlag) -> Bool[Array, " S"]:
+    """Returns which rows carry ``flag``."""
+    return (flags & int(flag)) != 0
+
+
+def init_sampling_state(max_num_seqs: int, vocab_size: int) -> SamplingState:
+    """Returns the state of ``max_num_seqs`` slots, all unused."""
+    return SamplingState(
+        last_tokens=jnp.zeros(max_num_seqs, jnp.int32),
+        logit_bias=jnp.zeros((max_num_seqs, vocab_size), jnp.float32),
+        token_flags=jnp.zeros((max_num_seqs, vocab_size), jnp.int32),
+    )
