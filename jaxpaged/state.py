@@ -12,7 +12,10 @@ import enum
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 from jaxtyping import Array, Bool, Float, Int
+
+from jaxpaged.config import ModelConfig
 
 NULL_PAGE = 0
 """Padding reads this page; no sequence owns it and nothing is ever written to it."""
@@ -84,7 +87,7 @@ class SamplingState:
     token_flags: Int[Array, "M V"]
 
 
-_INT_COLUMNS = ("kv_lens", "slots", "flags", "top_k", "seed_low", "seed_high")
+_INT_COLUMNS = ("kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high")
 _FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
 
 
@@ -97,9 +100,9 @@ class StepInputs:
     beyond those in use are padding: ``kv_lens`` 0, table of null pages, slot M (out of range, so writes drop), position 0.
 
     Attributes:
-        ints: int32, the concatenation of ``tokens``, ``positions``, ``targets`` [T each]; the columns ``kv_lens``, ``slots``,
-            ``flags``, ``top_k``, ``seed_low``, ``seed_high`` [S each]; ``cu_q_lens`` [S + 1]; ``distribution`` [3];
-            ``block_tables`` [S, P].
+        ints: int32, the concatenation of ``tokens``, ``positions``, ``targets`` [T each]; the columns ``kv_lens``,
+            ``prompt_lens``, ``slots``, ``flags``, ``top_k``, ``seed_low``, ``seed_high`` [S each]; ``cu_q_lens`` [S + 1];
+            ``distribution`` [3]; ``block_tables`` [S, P].
         floats: float32 [6, S]: temperature, top_p, min_p, repetition, presence and frequency penalty.
         num_tokens, num_rows, table_width: T, S and P; static.
     """
@@ -143,6 +146,11 @@ class StepInputs:
     def kv_lens(self) -> Int[Array, " S"]:
         """Tokens of each row's sequence once this step's are written; 0 for padding rows."""
         return self._column("kv_lens")
+
+    @property
+    def prompt_lens(self) -> Int[Array, " S"]:
+        """Tokens of each row's prompt, as the client sent it; RoPE scalings that look at the length of the text need it."""
+        return self._column("prompt_lens")
 
     @property
     def slots(self) -> Int[Array, " S"]:
@@ -249,6 +257,19 @@ class StepOutput:
 def has_flag(flags: Int[Array, " S"], flag: RowFlag) -> Bool[Array, " S"]:
     """Returns which rows carry ``flag``."""
     return (flags & int(flag)) != 0
+
+
+def init_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike | None = None) -> PagePool:
+    """Returns a pool of zeros.
+
+    Args:
+        config: Gives the layers, K/V heads and head dimension.
+        num_pages: N, the null page included.
+        page_size: B, token positions in a page.
+        dtype: Of the pages; default the model's.
+    """
+    shape = (num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
+    return PagePool(tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.num_layers)))
 
 
 def init_sampling_state(max_num_seqs: int, vocab_size: int) -> SamplingState:
