@@ -1,0 +1,10 @@
+project = "jaxpaged"
+author = "the jaxpaged authors"
+extensions = ["myst_parser", "sphinx.ext.autodoc", "sphinx.ext.napoleon"]
+source_suffix = {".md": "markdown"}
+myst_enable_extensions = ["colon_fence", "deflist"]
+myst_heading_anchors = 3
+html_theme = "furo"
+html_title = "jaxpaged"
+exclude_patterns = ["_build"]
+nitpicky = False
