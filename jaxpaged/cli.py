@@ -1,0 +1,50 @@
+"""``jaxpaged serve | generate | chat | collect-env``: finds the command and runs it.
+
+Commands are loaded when used, so that ``jaxpaged --help`` does not wait for JAX.
+"""
+
+from __future__ import annotations
+
+import importlib
+import sys
+from collections.abc import Sequence
+
+from jaxpaged.config import suggest
+from jaxpaged.errors import ConfigError, JaxpagedError
+from jaxpaged.flags import fail
+
+COMMANDS = {
+    "serve": ("jaxpaged.commands.serve", "serve a model over OpenAI's HTTP API"),
+    "generate": ("jaxpaged.commands.generate", "complete prompts offline"),
+    "chat": ("jaxpaged.commands.chat", "chat in the terminal, with a model here or a running server"),
+    "collect-env": ("jaxpaged.commands.collect_env", "print versions and devices for a bug report"),
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command.
+
+    Args:
+        argv: Arguments after the program's name; default: the process's.
+
+    Returns:
+        The exit code: 0, or 2 with one line on standard error for a mistake in the options.
+    """
+    args = list(sys.argv[1:] if argv is None else argv)
+    if not args or args[0] in ("-h", "--help"):
+        print(_usage())
+        return 0 if args else 2
+    if args[0] not in COMMANDS:
+        return fail(ConfigError(f"unknown command {args[0]!r}{suggest(args[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"))
+    try:
+        code: int = importlib.import_module(COMMANDS[args[0]][0]).run(args[1:])
+    except JaxpagedError as error:
+        return fail(error)
+    except KeyboardInterrupt:
+        return 130
+    return code
+
+
+def _usage() -> str:
+    lines = [f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()]
+    return "usage: jaxpaged COMMAND ...\n\n" + "\n".join(lines) + "\n\njaxpaged COMMAND --help lists its flags."
