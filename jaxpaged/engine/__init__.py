@@ -1,0 +1,1 @@
+"""Where host and device meet: batches, the runner, weights, text, the engine loop and its thread."""

@@ -1,0 +1,111 @@
+"""Counters and histograms of the engine, written by its thread alone; ``snapshot`` gives everything that /metrics shows.
+
+Names and buckets are vLLM's, so that its dashboards work after a change of prefix. All times are seconds of the
+monotonic clock, taken in the engine's thread.
+"""
+
+from __future__ import annotations
+
+import bisect
+import dataclasses
+from collections.abc import Mapping
+
+_LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
+_TOKEN_LATENCY = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
+_REQUEST_LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
+_STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
+_LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
+    "time_to_first_token_seconds": ("From arrival to the first token.", _LATENCY),
+    "inter_token_latency_seconds": ("Between two tokens of a sequence.", _TOKEN_LATENCY),
+    "request_time_per_output_token_seconds": ("Mean time per token after the first, of each finished sequence.", _TOKEN_LATENCY),
+    "e2e_request_latency_seconds": ("From arrival to the last token.", _REQUEST_LATENCY),
+    "request_queue_time_seconds": ("From arrival to the first step.", _REQUEST_LATENCY),
+    "request_prefill_time_seconds": ("From the first step to the first token.", _REQUEST_LATENCY),
+    "request_decode_time_seconds": ("From the first token to the last.", _REQUEST_LATENCY),
+    "request_inference_time_seconds": ("From the first step to the last token.", _REQUEST_LATENCY),
+    "step_seconds": ("From the dispatch of a step to its result.", _LATENCY),
+    "iteration_tokens_total": ("Tokens computed in a step.", _STEP_TOKENS),
+    "request_prompt_tokens": ("Prompt tokens of each finished sequence.", _LENGTHS),
+    "request_generation_tokens": ("Generated tokens of each finished sequence.", _LENGTHS),
+    "request_params_n": ("Completions asked for per request.", (1, 2, 5, 10, 20)),
+    "request_params_max_tokens": ("max_tokens of each request.", _LENGTHS),
+}
+"""Name (without prefix), meaning and upper bucket bounds of each histogram."""
+
+
+@dataclasses.dataclass(frozen=True)
+class HistogramSnapshot:
+    """A histogram's state.
+
+    Attributes:
+        bounds: Upper, inclusive bounds of the buckets; one more bucket above the last is implied.
+        counts: Observations per bucket, ``len(bounds) + 1`` of them, not cumulative.
+        total: Sum of the observed values.
+    """
+
+    bounds: tuple[float, ...]
+    counts: tuple[int, ...]
+    total: float
+
+
+class Histogram:
+    """Counts values by bucket."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds = bounds
+        self.counts = [0] * (len(bounds) + 1)
+        self.total = 0.0
+
+    def observe(self, value: float) -> None:
+        """Adds one value."""
+        self.counts[bisect.bisect_left(self.bounds, value)] += 1
+        self.total += value
+
+    def snapshot(self) -> HistogramSnapshot:
+        """Returns a frozen copy."""
+        return HistogramSnapshot(self.bounds, tuple(self.counts), self.total)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class EngineStats:
+    """A snapshot of all counters and gauges. Fields may differ by one step from each other, never more.
+
+    Attributes:
+        running, waiting: Sequences that hold pages, and those in the queue.
+        pages_used, pages_free: Of ``num_pages`` less the null page.
+        kv_cache_usage: ``pages_used`` as a share, 0 to 1.
+        kv_waste: Share of the cells of held pages that held no token, averaged over all steps so far; 0 before the first.
+        prompt_tokens, generation_tokens: Computed prompt tokens of admitted requests, and tokens sent out.
+        preemptions: Sequences whose pages were taken back.
+        steps: Steps whose results were read.
+        step_tokens, padding_tokens: Tokens computed in them, and the padding up to their buckets.
+        compilations_after_ready: Programs compiled while serving; anything but 0 is a fault of the buckets.
+        compile_s: Seconds spent on compiling, start-up included.
+        recoveries: Failed steps that the engine recovered from.
+        refused: Requests refused because the queue was full.
+        finished: Finished sequences by finish reason (``stop``, ``length``, ``abort``, ``error``).
+        histograms: By name, see ``HISTOGRAMS``.
+    """
+
+    running: int = 0
+    waiting: int = 0
+    num_pages: int = 0
+    page_size: int = 0
+    pages_used: int = 0
+    pages_free: int = 0
+    kv_cache_usage: float = 0.0
+    kv_waste: float = 0.0
+    prompt_tokens: int = 0
+    generation_tokens: int = 0
+    preemptions: int = 0
+    steps: int = 0
+    step_tokens: int = 0
+    padding_tokens: int = 0
+    compilations_after_ready: int = 0
+    compile_s: float = 0.0
+    recoveries: int = 0
+    refused: int = 0
+    finished: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    histograms: Mapping[str, HistogramSnapshot] = dataclasses.field(default_factory=dict)
