@@ -1,0 +1,1 @@
+"""The HTTP face: OpenAI's API over ``AsyncEngine``. Knows nothing of pages, devices or JAX."""
