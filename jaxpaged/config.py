@@ -106,7 +106,7 @@ class CacheConfig:
         0.9, "share of the device's memory that weights, activations and pages may take", aliases=("hbm_utilization",), low=0.01, high=1.0
     )
     kv_cache_memory_bytes: int | None = option(None, "bytes of the page pool; overrides the share", low=1)
-    cpu_kv_cache_gib: float = option(1.0, "GiB of pages on a CPU, at most; fewer where max_num_seqs requests of max_model_len need less", low=0.001)
+    cpu_kv_cache_gib: float = option(1.0, "GiB of pages on a CPU, at most; less where all slots at full length need less", low=0.001)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -114,7 +114,7 @@ class SchedulerConfig:
     """Who runs in a step, and what sizes of step are compiled."""
 
     max_num_seqs: int | None = option(None, "sequences that run at once; default 256, 64 on a CPU", low=1, high=4096)
-    max_num_batched_tokens: int | None = option(None, "tokens of a step, prefill chunks and decodes; default 2048, 256 on a CPU", low=1, high=2**20)
+    max_num_batched_tokens: int | None = option(None, "tokens of a step, chunks and decodes; default 2048, 256 on a CPU", low=1, high=2**20)
     long_prefill_token_threshold: int = option(0, "most tokens of one prompt in a step; 0 for no bound", low=0)
     max_waiting: int = option(1024, "requests that may wait; beyond them the answer is 429", low=0)
     async_depth: int = option(1, "steps dispatched before the tokens of the first are read", low=0, high=1)
@@ -132,7 +132,7 @@ class EngineConfig:
         "auto", "of weights and computation; auto: the checkpoint's on GPU and TPU, float32 on a CPU"
     )
     kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of the pages; auto: as dtype")
-    max_model_len: int | None = option(None, "longest context in tokens (4k means 4000, 4K means 4096); default: the model's, or what fits", low=1)
+    max_model_len: int | None = option(None, "longest context in tokens (4k: 4000, 4K: 4096); default: the model's, or what fits", low=1)
     load_format: Literal["auto", "safetensors", "dummy"] = option("auto", "dummy: random weights of the model's shape")
     hf_overrides: dict[str, Any] | None = option(None, "JSON object that overrides keys of config.json")
     chat_template: str | None = option(None, "file with a Jinja chat template; default: the tokenizer's")
@@ -140,7 +140,9 @@ class EngineConfig:
     seed: int = option(0, "of dummy weights, and of the seeds of requests that bring none", low=-(2**63), high=2**63 - 1)
     max_logprobs: int = option(20, "most log-probabilities a request may ask for per position", low=0, high=20)
     attention_backend: Literal["auto", "xla"] = option("auto", "implementation of paged attention")
-    compilation_cache_dir: str | None = option(None, "directory of compiled programs, private to you; default ~/.cache/jaxpaged/xla; empty: none")
+    compilation_cache_dir: str | None = option(
+        None, "directory of compiled programs, private to you; default ~/.cache/jaxpaged/xla; empty: none"
+    )
     warmup: bool = option(True, "compile and run every program before the server is ready")
     cache: CacheConfig = CacheConfig()
     scheduler: SchedulerConfig = SchedulerConfig()
@@ -227,7 +229,7 @@ def iter_options(*groups: type) -> Iterator[Option]:
                 yield Option(field.name, group, hints[field.name], field.default, meta["help"], meta["aliases"], meta["low"], meta["high"])
 
 
-def make_config(group: type[_T], values: Mapping[str, Any]) -> T:
+def make_config(group: type[_T], values: Mapping[str, Any]) -> _T:
     """Makes a config dataclass, nested ones included, from flat names or aliases.
 
     Raises:
@@ -240,7 +242,8 @@ def make_config(group: type[_T], values: Mapping[str, Any]) -> T:
         if opt is None:
             raise ConfigError(f"unknown option {name!r}{suggest(name, known)}")
         by_group.setdefault(opt.group, {})[opt.name] = None if value is None and opt.default is None else opt.parse(value, source=name)
-    return _build(group, by_group)
+    config: _T = _build(group, by_group)
+    return config
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
@@ -260,7 +263,9 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 def read_environment(*groups: type) -> dict[str, str]:
     """Returns the options given as ``JAXPAGED_<NAME>`` variables, and ``VLLM_API_KEY``."""
-    found = {opt.name: os.environ[ENV_PREFIX + opt.name.upper()] for opt in iter_options(*groups) if ENV_PREFIX + opt.name.upper() in os.environ}
+    found = {
+        opt.name: os.environ[ENV_PREFIX + opt.name.upper()] for opt in iter_options(*groups) if ENV_PREFIX + opt.name.upper() in os.environ
+    }
     if "VLLM_API_KEY" in os.environ and ServerConfig in groups:
         found.setdefault("api_key", os.environ["VLLM_API_KEY"])
     return found

@@ -48,7 +48,10 @@ LACKING: Mapping[str, str] = {
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser whose complaints are ConfigErrors, and that answers unknown flags by name."""
+    """An ArgumentParser whose complaints are ConfigErrors, that takes no abbreviations, and answers unknown flags by name."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError instead of printing usage."""
@@ -96,7 +99,11 @@ def read_options(args: argparse.Namespace, *groups: type) -> tuple[Any, ...]:
     """
     known = {spelling: opt.name for opt in iter_options(*groups) for spelling in (opt.name, *opt.aliases)}
     merged: dict[str, Any] = {}
-    layers = ((read_yaml(args.config), f"--config {args.config}: ") if args.config else ({}, ""), (read_environment(*groups), ""), (_given(args), ""))
+    layers = (
+        (read_yaml(args.config), f"--config {args.config}: ") if args.config else ({}, ""),
+        (read_environment(*groups), ""),
+        (_given(args), ""),
+    )
     for layer, where in layers:
         for name, value in layer.items():
             if name not in known:

@@ -1,5 +1,8 @@
 #!/usr/bin/env python3
-"""Checks that a built wheel carries both packages, the presets and the tiny model. Usage: check_wheel.py WHEEL"""
+"""Checks that a built wheel carries both packages, the presets and the tiny model.
+
+Usage: check_wheel.py WHEEL
+"""
 
 import sys
 import zipfile

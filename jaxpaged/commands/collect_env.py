@@ -10,7 +10,21 @@ import jax
 
 from jaxpaged.flags import Parser
 
-PACKAGES = ("jaxpaged", "jax", "jaxlib", "flax", "numpy", "transformers", "tokenizers", "safetensors", "fastapi", "uvicorn", "libtpu", "jax-cuda13-plugin", "jax-cuda12-plugin")
+PACKAGES = (
+    "jaxpaged",
+    "jax",
+    "jaxlib",
+    "flax",
+    "numpy",
+    "transformers",
+    "tokenizers",
+    "safetensors",
+    "fastapi",
+    "uvicorn",
+    "libtpu",
+    "jax-cuda13-plugin",
+    "jax-cuda12-plugin",
+)
 
 
 def run(argv: Sequence[str]) -> int:

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping
-from typing import Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, TypeGuard
 
 from jaxpaged.errors import RequestError
 
@@ -81,22 +81,47 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     Field("n", "int", "How many completions to generate.", default=1, low=1, high=128),
     Field("max_tokens", "int", "Most tokens to generate.", default=None, low=1, high=2**31 - 1),
     Field("min_tokens", "int", "No end of sequence and no stop before this many tokens.", default=0, low=0, high=2**31 - 1),
-    Field("temperature", "float", "Divides the logits; 0 (and anything below 1e-5) takes the most likely token.", default=1.0, low=0.0, high=2.0),
-    Field("top_p", "float", "Keep the most likely tokens whose probabilities add up to this.", default=1.0, low=0.0, high=1.0, low_open=True),
+    Field(
+        "temperature",
+        "float",
+        "Divides the logits; 0 (and anything below 1e-5) takes the most likely token.",
+        default=1.0,
+        low=0.0,
+        high=2.0,
+    ),
+    Field(
+        "top_p", "float", "Keep the most likely tokens whose probabilities add up to this.", default=1.0, low=0.0, high=1.0, low_open=True
+    ),
     Field("top_k", "int", "Keep this many most likely tokens; 0 or -1 keeps all.", default=0, low=-1, high=2**31 - 1),
     Field("min_p", "float", "Drop tokens less likely than this share of the most likely one.", default=0.0, low=0.0, high=1.0),
-    Field("repetition_penalty", "float", "Divides positive and multiplies negative logits of tokens in prompt or output.", default=1.0, low=0.0, high=10.0, low_open=True),
+    Field(
+        "repetition_penalty",
+        "float",
+        "Divides positive and multiplies negative logits of tokens in prompt or output.",
+        default=1.0,
+        low=0.0,
+        high=10.0,
+        low_open=True,
+    ),
     Field("presence_penalty", "float", "Subtracted from the logit of each token in the output.", default=0.0, low=-2.0, high=2.0),
     Field("frequency_penalty", "float", "Subtracted once for each time the token is in the output.", default=0.0, low=-2.0, high=2.0),
     Field("logit_bias", "bias_map", "Added to the logits of these token ids.", low=-100.0, high=100.0, max_items=MAX_TOKEN_IDS),
     Field("allowed_token_ids", "int_list", "Only these ids may be generated.", low=0, high=2**31 - 1, max_items=2**17),
     Field("bad_token_ids", "int_list", "These ids are never generated.", low=0, high=2**31 - 1, max_items=2**17),
-    Field("seed", "int", "Same seed, prompt and parameters give the same tokens, whatever else is in the batch.", low=-MAX_SEED - 1, high=MAX_SEED),
+    Field(
+        "seed",
+        "int",
+        "Same seed, prompt and parameters give the same tokens, whatever else is in the batch.",
+        low=-MAX_SEED - 1,
+        high=MAX_SEED,
+    ),
     Field("stop", "string_list", "Text that ends the output.", max_items=MAX_STOP_STRINGS),
     Field("stop_token_ids", "int_list", "Ids that end the output.", low=0, high=2**31 - 1, max_items=MAX_TOKEN_IDS),
     Field("include_stop_str_in_output", "bool", "Keep the stop string in the text.", default=False),
     Field("ignore_eos", "bool", "Do not end at the model's end-of-sequence ids.", default=False),
-    Field("logprobs", "int", "Also return the log-probabilities of this many most likely tokens at each position.", low=0, high=MAX_LOGPROBS),
+    Field(
+        "logprobs", "int", "Also return the log-probabilities of this many most likely tokens at each position.", low=0, high=MAX_LOGPROBS
+    ),
     Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS),
     Field("skip_special_tokens", "bool", "Leave special tokens out of the text.", default=True),
 )
@@ -134,10 +159,12 @@ def _fits(field: Field, value: object) -> bool:
         case "float":
             return _is_number(value) and _in_range(field, value)
         case "int_list":
-            return _is_list(field, value) and all(_is_int(item) and _in_range(field, item) for item in value)  # type: ignore[union-attr]
+            return _is_list(value, field) and all(_is_int(item) and _in_range(field, item) for item in value)
         case "string_list":
             items = [value] if isinstance(value, str) else value
-            return _is_list(field, items) and all(isinstance(i, str) and 0 < len(i.encode("utf-8", "replace")) <= MAX_STOP_BYTES for i in items)  # type: ignore[union-attr]
+            return _is_list(items, field) and all(
+                isinstance(i, str) and 0 < len(i.encode("utf-8", "replace")) <= MAX_STOP_BYTES for i in items
+            )
         case "bias_map":
             return (
                 isinstance(value, Mapping)
@@ -154,7 +181,7 @@ def _is_number(value: object) -> bool:
     return _is_int(value) or (isinstance(value, float) and math.isfinite(value))
 
 
-def _is_list(field: Field, value: object) -> bool:
+def _is_list(value: object, field: Field) -> TypeGuard[Sequence[object]]:
     return isinstance(value, list | tuple) and (field.max_items is None or len(value) <= field.max_items)
 
 
