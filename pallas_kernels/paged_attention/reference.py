@@ -1,0 +1,60 @@
+"""Ragged paged attention in float64 NumPy, one query token and head at a time: slow, plain, and the meaning of the others."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def ragged_paged_attention(
+    q: Any,
+    kv_pages: Any,
+    kv_lens: Any,
+    block_tables: Any,
+    cu_q_lens: Any,
+    distribution: Any,
+    *,
+    sm_scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Any = None,
+    k_scale: Any = None,
+    v_scale: Any = None,
+    return_lse: bool = False,
+) -> NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Returns float64 outputs (and log-sums); arguments as in ``pallas_kernels.paged_attention.ragged_paged_attention``.
+
+    Works on concrete arrays only, so it cannot be called under ``jax.jit``.
+    """
+    q = np.asarray(q, np.float64)
+    pages = np.asarray(kv_pages)
+    kv_lens, block_tables, cu_q_lens = np.asarray(kv_lens), np.asarray(block_tables), np.asarray(cu_q_lens)
+    page_size = pages.shape[1]
+    heads_per_kv_head = q.shape[1] // (pages.shape[2] // 2)
+    out = np.zeros(q.shape)
+    lse = np.full(q.shape[:2], -np.inf)
+    for row in range(int(distribution[2])):
+        start, end = int(cu_q_lens[row]), int(cu_q_lens[row + 1])
+        for token in range(start, end):
+            position = int(kv_lens[row]) - (end - token)
+            first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
+            seen = np.arange(first, position + 1)
+            kv = pages[block_tables[row, seen // page_size], seen % page_size].astype(np.float64)
+            for head in range(q.shape[1]):
+                kv_head = head // heads_per_kv_head
+                keys = kv[:, 2 * kv_head] * (1.0 if k_scale is None else float(k_scale))
+                values = kv[:, 2 * kv_head + 1] * (1.0 if v_scale is None else float(v_scale))
+                scores = keys @ q[token, head] * sm_scale
+                if soft_cap is not None:
+                    scores = soft_cap * np.tanh(scores / soft_cap)
+                sink = np.array([-np.inf if sinks is None else float(sinks[head])])
+                top = np.concatenate([scores, sink]).max()
+                if top == -np.inf:
+                    continue
+                weights = np.exp(scores - top)
+                total = weights.sum() + np.exp(sink[0] - top)
+                out[token, head] = weights @ values / total
+                lse[token, head] = top + np.log(total)
+    return (out, lse) if return_lse else out
