@@ -1,0 +1,42 @@
+"""``jaxpaged generate [MODEL] --prompt TEXT``: completes prompts offline.
+
+Prompts come from ``--prompt`` (repeatable) or, one a line, from standard input.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+
+from jaxpaged.commands.sampling_flags import add_sampling_flags, read_sampling_flags
+from jaxpaged.config import EngineConfig
+from jaxpaged.errors import ConfigError
+from jaxpaged.flags import Parser, add_options, read_options
+from jaxpaged.llm import LLM
+from jaxpaged.scheduling.request import SamplingParams
+
+
+def run(argv: Sequence[str]) -> int:
+    """Prints each completion, or one JSON object a line with ``--json``."""
+    parser = Parser(prog="jaxpaged generate", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    own = parser.add_argument_group("generate")
+    own.add_argument("--prompt", dest="own_prompts", action="append", metavar="TEXT", help="prompt to complete; may be repeated")
+    own.add_argument("--json", dest="own_json", action="store_true", help="print one JSON object a line")
+    add_sampling_flags(own)
+    add_options(parser, EngineConfig)
+    args = parser.parse(argv)
+    (config,) = read_options(args, EngineConfig)
+    prompts = args.own_prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
+    if not prompts:
+        raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
+    llm = LLM.from_config(config)
+    params = SamplingParams(**{**llm.default_sampling, **read_sampling_flags(args)})
+    for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
+        for completion in output.outputs:
+            if args.own_json:
+                print(json.dumps({"prompt": output.prompt, "text": completion.text, "finish_reason": completion.finish_reason}))
+            else:
+                print(f"{output.prompt}{completion.text}")
+    return 0
