@@ -1,0 +1,89 @@
+"""From the name of a model to the model: find its directory, read config.json, build it, read or make its weights."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.engine.hub import model_directory
+from jaxpaged.engine.weights import Progress, load_params, read_json
+from jaxpaged.errors import CheckpointError, ConfigError
+from jaxpaged.models.hf_config import bad
+from jaxpaged.models.model import Model, Params
+from jaxpaged.models.registry import family_of
+
+DTYPES = ("float32", "bfloat16", "float16")
+
+
+def load_model(
+    model: str | Path,
+    *,
+    dtype: str = "auto",
+    load_format: str = "auto",
+    revision: str | None = None,
+    hf_overrides: Mapping[str, Any] | None = None,
+    progress: Progress | None = None,
+    seed: int = 0,
+) -> tuple[Model, Params]:
+    """Loads a model.
+
+    Args:
+        model: A local directory in Hugging Face layout, or a hub id.
+        dtype: Of weights and computation; ``auto`` is the checkpoint's on GPU and TPU, and float32 on a CPU.
+        load_format: ``auto`` and ``safetensors`` read the weights, ``dummy`` makes random ones and needs only config.json.
+        revision: Branch, tag or commit of a hub id.
+        hf_overrides: Values that replace those of config.json, objects key by key.
+        progress: Called with bytes read and bytes in all.
+        seed: Of dummy weights.
+
+    Returns:
+        The model, and its weights.
+
+    Raises:
+        ConfigError: The model is not found or not supported.
+        CheckpointError: Its files are damaged, or do not fit each other.
+    """
+    dummy = load_format == "dummy"
+    directory = model_directory(str(model), revision, weights=not dummy)
+    built = Model.build(read_config(directory, dtype=dtype, hf_overrides=hf_overrides))
+    return built, built.init(seed) if dummy else load_params(built, directory, progress)
+
+
+def read_config(directory: Path, *, dtype: str = "auto", hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:
+    """Reads a model's shape from its config.json.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+        ConfigError: The architecture or a value is not supported.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a model directory in Hugging Face layout has one")
+    hf = _merged(read_json(path), hf_overrides or {})
+    names = hf.get("architectures")
+    config = family_of(names[0] if isinstance(names, list) and names else names).config_from_hf(hf)
+    return dataclasses.replace(config, dtype=_resolve_dtype(dtype, hf))
+
+
+def _resolve_dtype(dtype: str, hf: Mapping[str, Any]) -> str:
+    if dtype != "auto":
+        if dtype not in DTYPES:
+            raise ConfigError(f"dtype must be one of auto, {', '.join(DTYPES)}; got {dtype!r}")
+        return dtype
+    stored = hf.get("dtype") or hf.get("torch_dtype") or "float32"
+    if stored not in DTYPES:
+        raise bad("dtype", stored, f"one of {', '.join(DTYPES)}")
+    return "float32" if jax.default_backend() == "cpu" else str(stored)
+
+
+def _merged(content: Mapping[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(content)
+    for key, value in overrides.items():
+        old = merged.get(key)
+        merged[key] = _merged(old, value) if isinstance(old, Mapping) and isinstance(value, Mapping) else value
+    return merged
