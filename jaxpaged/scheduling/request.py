@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+import functools
 from collections.abc import Sequence as Seq
 
 from jaxpaged.scheduling.fields import check_sampling_fields
@@ -76,7 +77,14 @@ class Request:
     seed: int = 0
     arrival_s: float = 0.0
 
-    @property
+    @functools.cached_property
+    def max_tokens(self) -> int:
+        """Most tokens to generate for each sample."""
+        if self.params.max_tokens is None:
+            raise ValueError(f"request {self.id}: max_tokens is not resolved")
+        return self.params.max_tokens
+
+    @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:
         """Every id that ends a sequence of this request: the client's, and the model's unless ignored."""
         own = tuple(self.params.stop_token_ids or ())
@@ -107,6 +115,7 @@ class Sequence:
     Attributes:
         request: What was asked.
         index: Which of the request's ``n`` samples this is.
+        order: Place in the line: running number of sequences in order of arrival.
         tokens: Prompt, then every token sampled so far whose value the host knows.
         num_computed: Tokens whose K/V is in the pool once every dispatched step is done. May exceed ``len(tokens) - 1``
             while a sampled token is still on the device only.
@@ -115,12 +124,14 @@ class Sequence:
         slot: Row of the per-slot device state, held from admission until finish or preemption.
         last_step: Number of the last dispatched step that contains this sequence (the fence for its pages).
         num_preemptions: How often its pages were taken back.
-        num_faults: Failed steps that this sequence alone can have caused.
-        suspect: It was in a step that failed and has not been part of a good one since.
+        num_prompt_logprobs: Prompt tokens whose log-probabilities were delivered (recomputing does not deliver them twice).
+        num_faults: Failed steps that this sequence alone can have caused, since it last got a token.
+        suspect: It was in a step that failed and has got no token since.
     """
 
     request: Request
     index: int = 0
+    order: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0
@@ -131,6 +142,7 @@ class Sequence:
     stop_reason: int | str | None = None
     last_step: int = 0
     num_preemptions: int = 0
+    num_prompt_logprobs: int = 0
     num_faults: int = 0
     suspect: bool = False
 

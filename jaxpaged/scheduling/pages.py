@@ -1,0 +1,177 @@
+"""Who holds which page: reference counts, a free list, and the step fence.
+
+A page is in exactly one of three states::
+
+              take                     release_after                complete, flush
+    free ------------> used (readers) ---------------> deferred ----------------------> free
+      ^                   |
+      +-------------------+
+             release
+
+*Deferred* is the step fence. A step that was dispatched may still read or write a page although the host has no more use for it
+(its sequence ended, or was preempted, while the step ran). Such a page must not be given to somebody else until the last step that
+contains it is complete. And the flush rule: with nothing in flight nothing is deferred, or a scheduler that waits for
+deferred pages would wait for ever.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterable, Sequence
+
+NULL_PAGE = 0
+"""Padding reads this page; the allocator never hands it out."""
+
+
+class OutOfPages(Exception):
+    """Fewer pages are free than asked for; a signal inside the scheduler that never reaches a client."""
+
+
+class InvariantError(AssertionError):
+    """The books do not balance: a bug of ours, found before it could become a wrong answer."""
+
+
+class PageAllocator:
+    """Hands out page ids ``1 .. num_pages - 1`` and takes them back, at once or behind the step fence.
+
+    Ids that came back last go out first: they are the likeliest to be warm in a cache, and a page that is given away too early
+    shows in the very next test.
+
+    Attributes:
+        num_pages: Pages of the pool, the null page included.
+    """
+
+    def __init__(self, num_pages: int) -> None:
+        if num_pages < 2:
+            raise ValueError(f"num_pages must be at least 2 (one of them is the null page); got {num_pages}")
+        self.num_pages = num_pages
+        self._free = list(range(num_pages - 1, NULL_PAGE, -1))
+        self._readers = [0] * num_pages
+        self._leaving = [0] * num_pages
+        self._fences: dict[int, list[int]] = {}
+        self._completed = 0
+        self._num_deferred = 0
+
+    @property
+    def num_free(self) -> int:
+        """Pages that ``take`` can give now."""
+        return len(self._free)
+
+    @property
+    def num_deferred(self) -> int:
+        """Pages without readers that come back once steps in flight are complete."""
+        return self._num_deferred
+
+    @property
+    def num_used(self) -> int:
+        """Pages with at least one reader."""
+        return self.num_pages - 1 - len(self._free) - self._num_deferred
+
+    @property
+    def last_fence(self) -> int:
+        """Highest step that a deferred page waits for; 0 if none does."""
+        return max(self._fences, default=0)
+
+    def reference_count(self, page_id: int) -> int:
+        """Readers of a page, those included that leave when a step is complete."""
+        return self._readers[page_id] + self._leaving[page_id]
+
+    def take(self, count: int) -> list[int]:
+        """Takes ``count`` free pages for one reader: all or nothing.
+
+        Raises:
+            OutOfPages: Fewer are free; nothing was taken.
+        """
+        free = self._free
+        if count > len(free):
+            raise OutOfPages(f"{count} pages wanted, {len(free)} free")
+        if count <= 0:
+            return []
+        page_ids = free[-count:][::-1]
+        del free[-count:]
+        for page_id in page_ids:
+            self._readers[page_id] = 1
+        return page_ids
+
+    def share(self, page_ids: Iterable[int]) -> None:
+        """Adds a reader to pages that are used, or deferred: these are used again."""
+        for page_id in page_ids:
+            if self.reference_count(page_id) == 0:
+                raise InvariantError(f"page {page_id} is free and cannot be shared")
+            if self._readers[page_id] == 0:
+                self._num_deferred -= 1
+            self._readers[page_id] += 1
+
+    def release(self, page_ids: Iterable[int]) -> None:
+        """Removes a reader from each page; a page without any is free, or deferred if another reader is still leaving it."""
+        for page_id in page_ids:
+            self._remove_reader(page_id)
+            if self._readers[page_id] == 0:
+                if self._leaving[page_id]:
+                    self._num_deferred += 1
+                else:
+                    self._free.append(page_id)
+
+    def release_after(self, page_ids: Sequence[int], step: int) -> None:
+        """As ``release``, but each page counts as referenced until ``complete(step)``; at once if that has been."""
+        if step <= self._completed:
+            self.release(page_ids)
+            return
+        for page_id in page_ids:
+            self._remove_reader(page_id)
+            self._leaving[page_id] += 1
+            self._num_deferred += self._readers[page_id] == 0
+        self._fences.setdefault(step, []).extend(page_ids)
+
+    def complete(self, step: int) -> None:
+        """Says that ``step`` and all before it are complete: pages deferred until then are free."""
+        self._completed = max(self._completed, step)
+        for fence in sorted(fence for fence in self._fences if fence <= step):
+            self._let_go(self._fences.pop(fence))
+
+    def flush(self) -> None:
+        """Says that nothing is in flight: whatever is deferred is free."""
+        if self._fences:
+            self.complete(max(self._fences))
+
+    def check(self, owners: Iterable[Iterable[int]]) -> None:
+        """Verifies the books against the tables of all owners, page by page.
+
+        Args:
+            owners: The page ids that each reader holds.
+
+        Raises:
+            InvariantError: A page leaked, is owned twice over its count, is free and owned, or a counter is wrong.
+        """
+        readers = Counter(page_id for page_ids in owners for page_id in page_ids)
+        leaving = Counter(page_id for page_ids in self._fences.values() for page_id in page_ids)
+        free = set(self._free)
+        deferred = sum(1 for page_id in leaving if readers[page_id] == 0)
+        if len(free) != len(self._free):
+            raise InvariantError("a page is in the free list twice")
+        if any(not 0 < page_id < self.num_pages for page_id in (*free, *readers, *leaving)):
+            raise InvariantError("the null page, or an id that does not exist, is free or owned")
+        if any(fence <= self._completed for fence in self._fences):
+            raise InvariantError("a page waits for a step that is complete")
+        if deferred != self._num_deferred:
+            raise InvariantError(f"{deferred} pages are deferred, {self._num_deferred} are counted")
+        for page_id in range(1, self.num_pages):
+            if self._readers[page_id] != readers[page_id] or self._leaving[page_id] != leaving[page_id]:
+                raise InvariantError(
+                    f"page {page_id} has {readers[page_id]} readers and {leaving[page_id]} leaving; "
+                    f"counted are {self._readers[page_id]} and {self._leaving[page_id]}"
+                )
+            if (page_id in free) == (readers[page_id] + leaving[page_id] > 0):
+                raise InvariantError(f"page {page_id} is {'free and owned' if page_id in free else 'lost'}")
+
+    def _remove_reader(self, page_id: int) -> None:
+        if self._readers[page_id] == 0:
+            raise InvariantError(f"page {page_id} has no reader that could release it")
+        self._readers[page_id] -= 1
+
+    def _let_go(self, page_ids: Iterable[int]) -> None:
+        for page_id in page_ids:
+            self._leaving[page_id] -= 1
+            if self._leaving[page_id] == 0 and self._readers[page_id] == 0:
+                self._num_deferred -= 1
+                self._free.append(page_id)
