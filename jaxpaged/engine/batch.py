@@ -110,7 +110,7 @@ class BatchBuilder:
             params.frequency_penalty,
         )
         self._flags[slot] = int(row_flags(params))
-        self._min_tokens[slot] = params.min_tokens
+        self._min_tokens[slot] = params.min_tokens if request.stop_token_ids else 0
 
 
 def row_flags(params: SamplingParams) -> RowFlag:

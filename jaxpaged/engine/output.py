@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 
-from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.scheduling.plan import TokenEvent
-from jaxpaged.scheduling.request import Request
+from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
+from jaxpaged.scheduling.request import FinishReason, Request
+
+LEAST_LOGPROB = -9999.0
+"""Stands for minus infinity, which JSON cannot say (vLLM's number)."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,17 +66,24 @@ class OutputProcessor:
     Text is held back only while it may still become a stop string or the rest of a character. Events that arrive after a
     sample has ended here (the engine runs one step ahead) give None.
 
+    Args:
+        request: Whose events.
+        tokenizer: Turns ids into text.
+
     Attributes:
-        finished: Whether all samples of the request have ended.
         num_prompt_tokens, num_output_tokens: For ``usage``; the output counts all samples.
     """
 
-    finished: bool
-    num_prompt_tokens: int
-    num_output_tokens: int
-
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
-        raise NotImplementedError
+        self.num_prompt_tokens = len(request.prompt)
+        self.num_output_tokens = 0
+        self._tokenizer = tokenizer
+        self._samples = [_Sample(request, tokenizer) for _ in range(request.params.n)]
+
+    @property
+    def finished(self) -> bool:
+        """Whether all samples of the request have ended."""
+        return all(sample.finished for sample in self._samples)
 
     def process(self, event: TokenEvent) -> Delta | None:
         """Returns what the event means for the client, or None if nothing.
@@ -80,4 +91,116 @@ class OutputProcessor:
         A delta with ``finish_reason`` set where ``event.finish_reason`` is None means that a stop string matched: the
         caller then aborts that sample in the engine (``abort(request.id, index)``).
         """
-        raise NotImplementedError
+        sample = self._samples[event.index]
+        if sample.finished:
+            return None
+        text, taken, stop = sample.push(event.token_ids, last=event.finish_reason is not None)
+        self.num_output_tokens += taken
+        reason: str | None = None if event.finish_reason is None else str(event.finish_reason)
+        stop_reason: int | str | None = event.stop_reason
+        if stop is not None:
+            reason, stop_reason = str(FinishReason.STOP), stop
+        sample.finished = reason is not None
+        return Delta(
+            index=event.index,
+            text=text,
+            token_ids=event.token_ids[:taken],
+            logprobs=tuple(self._token_text(entry) for entry in event.logprobs[:taken]),
+            prompt_logprobs=tuple(self._token_text(entry) for entry in event.prompt_logprobs),
+            finish_reason=reason,
+            stop_reason=stop_reason,
+            error=event.error if stop is None else None,
+            error_code=event.error_code if stop is None else None,
+        )
+
+    def _token_text(self, entry: TokenLogprobs) -> TokenText:
+        top = tuple(self._one(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1))
+        return dataclasses.replace(self._one(entry.token_id, entry.logprob, entry.rank), top=top)
+
+    def _one(self, token_id: int, logprob: float, rank: int) -> TokenText:
+        finite = max(logprob, LEAST_LOGPROB) if logprob == logprob else LEAST_LOGPROB
+        return TokenText(token_id, self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id), finite, rank)
+
+
+class _Sample:
+    """Text of one sample: detokenizing and stop strings."""
+
+    def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        params = request.params
+        self.finished = False
+        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt, skip_special_tokens=params.skip_special_tokens)
+        self._stops = StopStrings(tuple(params.stop or ()), include=params.include_stop_str_in_output)
+        self._min_tokens = params.min_tokens
+        self._num_tokens = 0
+
+    def push(self, token_ids: Sequence[int], *, last: bool) -> tuple[str, int, str | None]:
+        """Returns the text to send, how many of the tokens count, and the stop string that ended the sample, if one did."""
+        parts = []
+        for taken, token_id in enumerate(token_ids, start=1):
+            self._num_tokens += 1
+            text, stop = self._stops.push(self._detokenizer.push(token_id), may_stop=self._num_tokens > self._min_tokens)
+            parts.append(text)
+            if stop is not None:
+                return "".join(parts), taken, stop
+        if last:
+            parts.append(self._stops.flush() + self._detokenizer.flush())
+        return "".join(parts), len(token_ids), None
+
+
+class StopStrings:
+    """Finds the first place where a text ends with one of some strings, however the text is cut into pieces.
+
+    The match is the one that is complete first; of several that end at the same character, the longest. What comes before it
+    has been returned by then; text that may still grow into a match is held back.
+
+    Args:
+        strings: Stop strings, none empty.
+        include: Whether the match itself belongs to the text.
+    """
+
+    def __init__(self, strings: Sequence[str], *, include: bool = False) -> None:
+        self._strings = tuple(strings)
+        self._include = include
+        self._longest = max(map(len, strings), default=0)
+        self._held = ""
+
+    def push(self, text: str, *, may_stop: bool = True) -> tuple[str, str | None]:
+        """Takes the next piece.
+
+        Args:
+            text: The piece.
+            may_stop: Whether a match may end in this piece (``min_tokens`` has been reached).
+
+        Returns:
+            Text that can be sent, and the stop string that matched; after a match nothing must be pushed.
+        """
+        if not self._strings:
+            return text, None
+        held, self._held = self._held + text, ""
+        if may_stop and (match := self._first_match(held, len(held) - len(text))):
+            end, stop = match
+            return held[: end if self._include else end - len(stop)], stop
+        keep = self._possible_start(held)
+        self._held = held[keep:]
+        return held[:keep], None
+
+    def flush(self) -> str:
+        """Returns the text that was held back; call at the end of the output."""
+        held, self._held = self._held, ""
+        return held
+
+    def _first_match(self, text: str, new_from: int) -> tuple[int, str] | None:
+        """Returns end and string of the match that ends first beyond ``new_from``, the longest of several."""
+        best: tuple[int, int, str] | None = None
+        for stop in self._strings:
+            at = text.find(stop, max(0, new_from - len(stop) + 1))
+            if at >= 0 and (best is None or (at + len(stop), -len(stop)) < best[:2]):
+                best = (at + len(stop), -len(stop), stop)
+        return (best[0], best[2]) if best else None
+
+    def _possible_start(self, text: str) -> int:
+        """Returns the first index from which the rest of ``text`` is a proper beginning of a stop string."""
+        for start in range(max(0, len(text) - self._longest + 1), len(text)):
+            if any(stop.startswith(text[start:]) for stop in self._strings):
+                return start
+        return len(text)

@@ -1,52 +1,127 @@
-"""Text to token ids and back, over a Hugging Face fast tokenizer; no torch, no remote code, no network once loaded."""
+"""Text to token ids and back, over a Hugging Face fast tokenizer; no torch, no remote code, no network once loaded.
+
+Decoding works on bytes: each token stands for a fixed byte string, text is their concatenation read as UTF-8. So streaming is
+linear in the number of tokens, never shows half a character, and adds up to exactly what decoding all tokens at once gives.
+"""
 
 from __future__ import annotations
 
+import codecs
+import importlib
+import json
+import logging
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jinja2
+import tokenizers
+
+from jaxpaged.errors import CheckpointError, ConfigError, RequestError
+
+_NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
+"""Code points that no text contains; one of them marks the special tokens that a message spells out."""
+
+_RESERVED_TEMPLATE_KEYS = frozenset(("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize"))
+
 
 class Tokenizer:
-    """A tokenizer that several threads may use at once.
+    """A tokenizer that several threads may use at once: nothing in it changes after loading.
+
+    Args:
+        hf: A transformers fast tokenizer, which renders chat templates.
+        chat_template: Replaces the tokenizer's own template.
 
     Attributes:
         vocab_size: Number of ids the tokenizer knows; the model's may be larger (padded) and is what requests are checked against.
         bos_token, eos_token: Spelling of the special tokens, or None.
         eos_token_id: Id of the end-of-sequence token, or None.
-        has_chat_template: Whether ``apply_chat_template`` works without a template of the request's own.
+
+    Raises:
+        CheckpointError: It turns ids into text in a way that is not known here.
     """
 
-    vocab_size: int
-    bos_token: str | None
-    eos_token: str | None
-    eos_token_id: int | None
-    has_chat_template: bool
+    def __init__(self, hf: Any, *, chat_template: str | None = None) -> None:
+        self._hf = hf
+        self._chat_template = chat_template or _default_template(hf)
+        description = json.loads(hf.backend_tokenizer.to_str())
+        description["truncation"] = description["padding"] = None
+        self._plain = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self._literal = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self._literal.encode_special_tokens = True
+        added = self._plain.get_added_tokens_decoder()
+        self._special = {token_id: token for token_id, token in added.items() if token.special}
+        self._special_by_text = {token.content: token_id for token_id, token in self._special.items()}
+        spellings = sorted(self._special_by_text, key=len, reverse=True)
+        self._special_pattern = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
+        self.strips_first_space, self._pieces = _pieces(self._plain, description.get("decoder"))
+        self.vocab_size = len(self._pieces)
+        self.bos_token: str | None = hf.bos_token
+        self.eos_token: str | None = hf.eos_token
+        self.eos_token_id: int | None = hf.eos_token_id
 
     @classmethod
     def load(cls, path: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
         """Loads from a local directory.
 
+        Args:
+            path: Holds tokenizer.json and tokenizer_config.json.
+            chat_template: File with a Jinja template to use instead of the tokenizer's.
+
         Raises:
             CheckpointError: Files are missing or damaged, or the tokenizer has no fast form.
+            ConfigError: The template's file cannot be read.
         """
-        raise NotImplementedError
+        if not Path(path).is_dir():
+            raise CheckpointError(f"tokenizer: {path} is not a directory")
+        try:
+            template = None if chat_template is None else Path(chat_template).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ConfigError(f"chat_template {chat_template}: {error}") from error
+        try:
+            hf = _transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+        except Exception as error:  # transformers raises nearly anything on damaged files
+            reason = " ".join(str(error).split())[:300]
+            raise CheckpointError(f"tokenizer in {path} cannot be loaded: {reason or type(error).__name__}") from error
+        if not getattr(hf, "is_fast", False):
+            raise CheckpointError(f"tokenizer in {path}: no tokenizer.json (a fast tokenizer is needed)")
+        return cls(hf, chat_template=template)
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether ``apply_chat_template`` works without a template of the request's own."""
+        return self._chat_template is not None
+
+    @property
+    def chat_template(self) -> str | None:
+        """The Jinja source, if there is one."""
+        return self._chat_template
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """Ids that ``skip_special_tokens`` leaves out."""
+        return frozenset(self._special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of ``text``; special tokens spelled in it count as such (as vLLM does for raw prompts)."""
-        raise NotImplementedError
+        """Returns the ids of ``text``; special tokens spelled in it count as such, as raw prompts do in vLLM."""
+        ids: list[int] = self._plain.encode(text, add_special_tokens=add_special_tokens).ids
+        return ids
 
     def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of ``token_ids``; ids the tokenizer does not know give nothing."""
-        raise NotImplementedError
+        pieces = [self.token_bytes(i) for i in token_ids if not (skip_special_tokens and i in self._special)]
+        if pieces and self.strips_first_space:
+            pieces[0] = pieces[0].removeprefix(b" ")
+        return b"".join(pieces).decode("utf-8", "replace")
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Returns the exact bytes one token stands for; none for an unknown id."""
+        return self._pieces[token_id] if 0 <= token_id < len(self._pieces) else b""
 
     def token_text(self, token_id: int) -> str:
         """Returns one token as shown in log-probability answers (replacement characters for partial ones)."""
-        raise NotImplementedError
-
-    def token_bytes(self, token_id: int) -> bytes:
-        """Returns the exact bytes one token stands for."""
-        raise NotImplementedError
+        return self.token_bytes(token_id).decode("utf-8", "replace")
 
     def apply_chat_template(
         self,
@@ -60,9 +135,200 @@ class Tokenizer:
     ) -> list[int]:
         """Renders a conversation in the sandboxed template and returns its ids.
 
-        Special tokens spelled in the text of a message become ordinary text, never special tokens.
+        Special tokens that the text of a message spells out become ordinary text, never special tokens: their spelling is
+        broken by a noncharacter while the template runs, and encoded as text afterwards.
+
+        Args:
+            messages: Role and content each; content given as text parts is joined.
+            add_generation_prompt: Open the assistant's turn at the end.
+            continue_final_message: Leave the last message open instead.
+            tools: JSON schemas of functions, for templates that show them.
+            chat_template: Jinja source to use instead of the tokenizer's.
+            template_kwargs: More variables for the template.
 
         Raises:
-            RequestError: There is no template, or it rejects the conversation (400 with its message).
+            RequestError: There is no template, or it rejects the conversation (with its message).
         """
-        raise NotImplementedError
+        template = chat_template or self._chat_template
+        if template is None:
+            message = "this model's tokenizer has no chat template: start the server with --chat-template, or use completions"
+            raise RequestError(message, param="messages", code="no_chat_template")
+        if clash := _RESERVED_TEMPLATE_KEYS.intersection(template_kwargs or ()):
+            raise RequestError(f"chat_template_kwargs must not contain {sorted(clash)[0]!r}", param="chat_template_kwargs")
+        given = {"messages": [_join_parts(message) for message in messages], "tools": tools, "more": dict(template_kwargs or {})}
+        mark = _unused_noncharacter(given)
+        given = self._break_special(given, mark)
+        try:
+            text = self._hf.apply_chat_template(
+                given["messages"],
+                tools=given["tools"],
+                chat_template=template,
+                add_generation_prompt=add_generation_prompt,
+                continue_final_message=continue_final_message,
+                tokenize=False,
+                **given["more"],
+            )
+        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
+            reason = self._plain_text(str(error), mark)
+            raise RequestError(f"the chat template rejects these messages: {reason}", param="messages", code="invalid_messages") from error
+        return self._encode_marked(text, mark) if mark in text else self.encode(text, add_special_tokens=False)
+
+    def _break_special(self, value: Any, mark: str) -> Any:
+        """Returns a copy in which every special token spelled in a string has ``mark`` after its first character."""
+        if isinstance(value, str):
+            return self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], value)
+        if isinstance(value, Mapping):
+            return {key: self._break_special(item, mark) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [self._break_special(item, mark) for item in value]
+        return value
+
+    def _encode_marked(self, text: str, mark: str) -> list[int]:
+        """Encodes rendered text: special tokens that the template wrote as ids, all that lies between them as plain text."""
+        ids: list[int] = []
+        at, strip = 0, False
+        for match in [*self._special_pattern.finditer(text), None]:
+            between = text[at : match.start() if match else None]
+            token = self._special[self._special_by_text[match[0]]] if match else None
+            between = between.lstrip() if strip else between
+            between = between.rstrip() if token is not None and token.lstrip else between
+            ids += self._encode_literally(self._plain_text(between, mark), first=not ids)
+            if match and token is not None:
+                ids.append(self._special_by_text[match[0]])
+                at, strip = match.end(), token.rstrip
+        return ids
+
+    def _encode_literally(self, text: str, *, first: bool) -> list[int]:
+        """Encodes without special tokens; after the first piece also without the space that some tokenizers put in front."""
+        if not text:
+            return []
+        if first or not self.strips_first_space:
+            return list(self._literal.encode(text, add_special_tokens=False).ids)
+        lead = list(self._literal.encode("\n", add_special_tokens=False).ids)
+        ids = list(self._literal.encode("\n" + text, add_special_tokens=False).ids)
+        return ids[len(lead) :] if ids[: len(lead)] == lead else list(self._literal.encode(text, add_special_tokens=False).ids)
+
+    @staticmethod
+    def _plain_text(text: str, mark: str) -> str:
+        return text.replace(mark, "")
+
+
+class IncrementalDetokenizer:
+    """Text of a growing list of tokens, a piece at a time.
+
+    What ``push`` and ``flush`` return adds up to the text that follows the prompt's in the decoding of prompt and output
+    together; a character that the prompt leaves half-finished counts as output. Linear in the number of tokens.
+
+    Args:
+        tokenizer: Gives each token's bytes.
+        prompt: Token ids before the output.
+        skip_special_tokens: Leave special tokens out of the text.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, prompt: Sequence[int] = (), *, skip_special_tokens: bool = True) -> None:
+        self._tokenizer = tokenizer
+        self._skipped = tokenizer.special_token_ids if skip_special_tokens else frozenset()
+        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._at_start = tokenizer.strips_first_space
+        tail = b""
+        for token_id in reversed(prompt):
+            if len(tail) >= 4:
+                break
+            piece = b"" if token_id in self._skipped else tokenizer.token_bytes(token_id)
+            tail = piece + tail
+        if tail:
+            self._at_start = False
+            self._utf8.decode(tail)  # leaves an unfinished character, if the prompt ends in one, in the decoder
+
+    def push(self, token_id: int) -> str:
+        """Returns the text that one more token completes; may be empty."""
+        if token_id in self._skipped:
+            return ""
+        piece = self._tokenizer.token_bytes(token_id)
+        if self._at_start:
+            self._at_start = False
+            piece = piece.removeprefix(b" ")
+        return self._utf8.decode(piece)
+
+    def flush(self) -> str:
+        """Returns what is left at the end: a replacement character for an unfinished one."""
+        return self._utf8.decode(b"", final=True)
+
+
+def _transformers() -> Any:
+    """Imports transformers when a tokenizer is loaded: it takes seconds, and advises to install torch, which is not needed."""
+    log = logging.getLogger("transformers")
+
+    def without_advice(record: logging.LogRecord) -> bool:
+        return "PyTorch was not found" not in record.getMessage()
+
+    log.addFilter(without_advice)
+    try:
+        return importlib.import_module("transformers")
+    finally:
+        log.removeFilter(without_advice)
+
+
+def _default_template(hf: Any) -> str | None:
+    template = hf.chat_template
+    if isinstance(template, Mapping):
+        template = template.get("default")
+    return template if isinstance(template, str) else None
+
+
+def _join_parts(message: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the message with text parts joined, so that no special token can be put together from two of them."""
+    content = message.get("content")
+    if isinstance(content, list | tuple) and all(isinstance(part, Mapping) and isinstance(part.get("text"), str) for part in content):
+        return {**message, "content": "".join(part["text"] for part in content)}
+    return dict(message)
+
+
+def _unused_noncharacter(value: Any) -> str:
+    text = json.dumps(value, ensure_ascii=False, default=str)
+    for mark in _NONCHARACTERS:
+        if mark not in text:
+            return mark
+    raise RequestError("the messages contain every Unicode noncharacter from U+FDD0 to U+FDEF", param="messages")
+
+
+def _pieces(tokenizer: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) -> tuple[bool, list[bytes]]:
+    """Returns whether the first token of a text loses a leading space, and the bytes of every id."""
+    steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
+    kinds = {step["type"]: step for step in steps}
+    vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    if "ByteLevel" in kinds:
+        alphabet = _byte_alphabet()
+        strips, convert = False, lambda token: _byte_level_piece(token, alphabet)
+    elif "ByteFallback" in kinds or "Metaspace" in kinds:
+        strips = "Strip" in kinds or kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
+        convert = _sentencepiece_piece
+    else:
+        raise CheckpointError(f"tokenizer.json: decoder {[step['type'] for step in steps]} is not supported; byte-level and SentencePiece are")
+    pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
+    for token, token_id in vocabulary.items():
+        pieces[token_id] = convert(token)
+    for token_id, added in tokenizer.get_added_tokens_decoder().items():
+        if "ByteLevel" not in kinds:
+            pieces[token_id] = added.content.encode("utf-8")
+    return strips, pieces
+
+
+def _byte_alphabet() -> dict[str, int]:
+    """Returns the byte that each character of a byte-level vocabulary stands for: printable Latin-1 is itself, the others follow U+0100."""
+    printable = [*range(ord("!"), ord("~") + 1), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [byte for byte in range(256) if byte not in set(printable)]
+    return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
+
+
+def _byte_level_piece(token: str, alphabet: Mapping[str, int]) -> bytes:
+    try:
+        return bytes(alphabet[char] for char in token)
+    except KeyError:  # an added token with characters outside the alphabet stands for itself
+        return token.encode("utf-8", "replace")
+
+
+def _sentencepiece_piece(token: str) -> bytes:
+    if match := re.fullmatch(r"<0x([0-9A-Fa-f]{2})>", token):
+        return bytes([int(match[1], 16)])
+    return token.replace("\u2581", " ").encode("utf-8", "replace")

@@ -1,0 +1,276 @@
+"""The only holder of device memory: weights, page pool, sampling state and the compiled programs.
+
+A program is named by its token bucket. All of them are compiled ahead of time and kept as executables, so that dispatching is a
+dictionary look-up and a call; nothing can be traced or compiled by accident on the way.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import contextlib
+import dataclasses
+import logging
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.typing import DTypeLike
+
+from jaxpaged.engine.batch import BatchBuilder, row_flags
+from jaxpaged.models.model import Model, Params
+from jaxpaged.sampling import set_slot, slot_rows
+from jaxpaged.scheduling.buckets import slot_bucket
+from jaxpaged.scheduling.plan import StepPlan, StepResult, TokenLogprobs, Work
+from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_pool, init_sampling_state
+from jaxpaged.step import forward_step
+
+logger = logging.getLogger(__name__)
+
+_COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_COMPILE_THREADS = 2
+"""Programs compiled at once: XLA compiles outside Python's lock, so one is traced while another compiles."""
+
+
+@dataclasses.dataclass(frozen=True)
+class InFlight:
+    """A dispatched step.
+
+    Attributes:
+        plan: What was dispatched.
+        output: Device arrays, perhaps not computed yet.
+        inputs: The host arrays; the device may read them until the step is done.
+    """
+
+    plan: StepPlan
+    output: StepOutput
+    inputs: StepInputs
+
+    def read(self) -> StepResult:
+        """Waits for the step and returns what it says; log-probabilities are fetched only where a row asks for them.
+
+        Raises:
+            Exception: Whatever the step raised on the device.
+        """
+        count = len(self.plan.work)
+        tokens = np.asarray(self.output.tokens)[:count].tolist()
+        flags = self.inputs.flags[:count]
+        wanted, prompt_wanted = (flags & RowFlag.LOGPROBS) != 0, (flags & RowFlag.PROMPT_LOGPROBS) != 0
+        logprobs = self._read_logprobs(tokens, wanted) if wanted.any() else ()
+        return StepResult(tokens, logprobs, self._read_prompt_logprobs(prompt_wanted) if prompt_wanted.any() else ())
+
+    def _read_logprobs(self, tokens: Sequence[int], wanted: np.ndarray) -> list[TokenLogprobs | None]:
+        out = self.output
+        arrays = [np.asarray(array) for array in (out.logprobs, out.ranks, out.top_ids, out.top_logprobs)]
+        return [
+            _token_logprobs(tokens[row], row, work.sequence.request.params.logprobs, *arrays) if wanted[row] and work.samples else None
+            for row, work in enumerate(self.plan.work)
+        ]
+
+    def _read_prompt_logprobs(self, wanted: np.ndarray) -> list[tuple[TokenLogprobs, ...]]:
+        out, targets, bounds = self.output, self.inputs.targets, self.inputs.cu_q_lens
+        arrays = [np.asarray(a) for a in (out.prompt_logprobs, out.prompt_ranks, out.prompt_top_ids, out.prompt_top_logprobs)]
+        return [
+            tuple(
+                _token_logprobs(int(targets[at]), at, work.sequence.request.params.prompt_logprobs, *arrays)
+                for at in range(bounds[row], bounds[row + 1])
+                if targets[at] >= 0
+            )
+            if wanted[row]
+            else ()
+            for row, work in enumerate(self.plan.work)
+        ]
+
+
+def _token_logprobs(token: int, at: int, width: int | None, logprobs: Any, ranks: Any, top_ids: Any, top_logprobs: Any) -> TokenLogprobs:
+    top = zip(top_ids[at, : width or 0].tolist(), top_logprobs[at, : width or 0].tolist(), strict=True)
+    return TokenLogprobs(token, float(logprobs[at]), int(ranks[at]), tuple((i, p) for i, p in top if i >= 0))
+
+
+class Runner:
+    """Runs plans on the device.
+
+    Args:
+        model: Static description.
+        params: Its weights, on the device.
+        num_pages: N, the null page included.
+        page_size: B.
+        max_model_len: Longest context; sets the block tables' width.
+        max_num_seqs: M, slots.
+        token_buckets: Every T that a plan may have.
+        kv_dtype: Of the pages; default the model's.
+        attention: Implementation of paged attention.
+
+    Attributes:
+        compilations_after_ready: Programs compiled inside ``dispatch`` since ``warm_up`` ended; 0 if the buckets are right.
+        compile_s: Seconds spent on tracing and compiling programs, waiting included.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        params: Params,
+        *,
+        num_pages: int,
+        page_size: int,
+        max_model_len: int,
+        max_num_seqs: int,
+        token_buckets: Sequence[int],
+        kv_dtype: DTypeLike | None = None,
+        attention: str = "auto",
+    ) -> None:
+        self.model = model
+        self.num_pages = num_pages
+        self.page_size = page_size
+        self.max_num_seqs = max_num_seqs
+        self.table_width = -(-max_model_len // page_size)
+        self.token_buckets = tuple(token_buckets)
+        self.compilations_after_ready = 0
+        self.compile_s = 0.0
+        self._kv_dtype = kv_dtype
+        leaves, structure = jax.tree.flatten(params)
+        self._leaves = tuple(leaves)  # a tuple of arrays is the cheapest argument to dispatch
+        self._step = jit_flat_step(model, structure, attention)
+        self._programs: dict[int, Any] = {}
+        self._ready = False
+        self._dispatching = False
+        self._pool: PagePool | None = None
+        self._sampling: SamplingState | None = None
+        self._make_state()
+        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+
+    @property
+    def pool(self) -> PagePool:
+        """The page pool."""
+        if self._pool is None:
+            raise RuntimeError("the pool was lost in a failed step; reset() makes a new one")
+        return self._pool
+
+    def dispatch(self, plan: StepPlan) -> InFlight:
+        """Starts a step and returns without waiting for it.
+
+        Raises:
+            Exception: Whatever XLA raises; the pool may be gone then, ``reset`` before the next dispatch.
+        """
+        self._dispatching = True
+        try:
+            inputs = self._batch.build(plan)
+            for work in plan.work:
+                if work.new_slot:
+                    self._write_slot(work)
+            output = self._run(inputs)
+        finally:
+            self._dispatching = False
+        output.tokens.copy_to_host_async()
+        return InFlight(plan, output, inputs)
+
+    def reset(self) -> None:
+        """Makes an empty pool and sampling state after a failed step, and runs one step of padding to see that the device works.
+
+        Raises:
+            Exception: It does not.
+        """
+        self._pool = self._sampling = None
+        self._make_state()
+        self._run(self._padding(self.token_buckets[0])).tokens.block_until_ready()
+
+    def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
+        """Compiles every program, runs each once on padding, and counts compilations from then on.
+
+        Args:
+            progress: Called with programs done and their number, from this thread.
+        """
+        started, buckets = time.monotonic(), [t for t in self.token_buckets if t not in self._programs]
+        progress(0, len(buckets))
+        with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as threads:
+            compiling = {threads.submit(self._compile, bucket): bucket for bucket in reversed(buckets)}
+            try:
+                for done, future in enumerate(concurrent.futures.as_completed(compiling), start=1):
+                    self._programs[compiling[future]] = future.result()
+                    progress(done, len(buckets))
+            except BaseException:
+                threads.shutdown(wait=True, cancel_futures=True)
+                raise
+        self.compile_s += time.monotonic() - started
+        for bucket in self.token_buckets:
+            self._run(self._padding(bucket)).tokens.block_until_ready()
+        vocab = self.model.config.vocab_size
+        self._set_slot(self.max_num_seqs, np.zeros(vocab, np.float32), np.zeros(vocab, np.int32))
+        self.mark_ready()
+
+    def mark_ready(self) -> None:
+        """Counts compilations from now on."""
+        self._ready = True
+
+    def temp_bytes(self, token_bucket: int) -> int:
+        """Returns the scratch memory, in bytes, of one program beyond weights, pool and outputs; compiles it if need be."""
+        if token_bucket not in self._programs:
+            self._programs[token_bucket] = self._compile(token_bucket)
+        return int(self._programs[token_bucket].memory_analysis().temp_size_in_bytes)
+
+    def close(self) -> None:
+        """Frees the device's memory; the runner is of no use afterwards."""
+        with contextlib.suppress(ValueError, AssertionError):
+            jax.monitoring.unregister_event_duration_listener(self._on_event)
+        self._pool = self._sampling = None
+        self._leaves = ()
+        self._programs.clear()
+
+    def _make_state(self) -> None:
+        self._pool = init_pool(self.model.config, self.num_pages, self.page_size, self._kv_dtype)
+        self._sampling = init_sampling_state(self.max_num_seqs, self.model.config.vocab_size)
+        self._batch = BatchBuilder(page_size=self.page_size, table_width=self.table_width, max_num_seqs=self.max_num_seqs)
+
+    def _run(self, inputs: StepInputs) -> StepOutput:
+        program = self._programs.get(inputs.num_tokens)
+        if program is None:
+            program = self._programs[inputs.num_tokens] = self._compile(inputs.num_tokens)
+        output, self._pool, self._sampling = program(self._leaves, self._pool, inputs, self._sampling)
+        return output
+
+    def _compile(self, token_bucket: int) -> Any:
+        return self._step.lower(self._leaves, self._pool, self._padding(token_bucket), self._sampling).compile()
+
+    def _padding(self, token_bucket: int) -> StepInputs:
+        rows = slot_bucket(token_bucket, self.max_num_seqs)
+        return StepInputs.zeros(token_bucket, rows, self.table_width, max_num_seqs=self.max_num_seqs)
+
+    def _write_slot(self, work: Work) -> None:
+        """Writes the rows of a slot whose new sequence has bias, penalties or stop ids to suppress; others never read theirs."""
+        sequence, params = work.sequence, work.sequence.request.params
+        rows = slot_rows(
+            self.model.config.vocab_size,
+            prompt=sequence.request.prompt,
+            output=sequence.tokens[sequence.num_prompt :],
+            stop_token_ids=sequence.request.stop_token_ids,
+            logit_bias=params.logit_bias,
+            allowed_token_ids=params.allowed_token_ids,
+            bad_token_ids=params.bad_token_ids,
+            penalties=bool(row_flags(params) & RowFlag.PENALTIES),
+            min_tokens=params.min_tokens,
+        )
+        if rows is not None and sequence.slot is not None:
+            self._set_slot(sequence.slot, *rows)
+
+    def _set_slot(self, slot: int, bias: np.ndarray, flags: np.ndarray) -> None:
+        self._sampling = set_slot(self._sampling, np.int32(slot), bias, flags)
+
+    def _on_event(self, event: str, duration: float, **_: object) -> None:
+        if event == _COMPILE_EVENT and self._ready and self._dispatching:
+            self.compilations_after_ready += 1
+            self.compile_s += duration
+            logger.warning("a program was compiled while serving, in %.1f s; the compiled token buckets are %s", duration, sorted(self._programs))
+
+
+def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:
+    """Returns the jitted step over a tuple of weights, pool and sampling state donated."""
+
+    def step(
+        leaves: tuple[jax.Array, ...], pool: PagePool, inputs: StepInputs, sampling: SamplingState
+    ) -> tuple[StepOutput, PagePool, SamplingState]:
+        params = jax.tree.unflatten(structure, leaves)
+        return forward_step(model, params, pool, inputs, sampling, attention=attention)
+
+    return jax.jit(step, donate_argnums=(1, 3))
+
