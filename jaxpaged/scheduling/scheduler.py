@@ -47,7 +47,7 @@ from jaxpaged.scheduling.pages import PageAllocator
 from jaxpaged.scheduling.plan import INVALID_TOKEN, StepPlan, StepResult, TokenEvent, Work
 from jaxpaged.scheduling.request import FinishReason, Request, Sequence, Status
 
-MAX_FAULTS = 2
+MAX_FAULTS = 4
 """A sequence ends after this many failed steps that it alone can have caused."""
 
 
@@ -193,9 +193,10 @@ class Scheduler:
         self._requests[request.id] = sequences
         self.waiting.extend(sequences)
 
-    def abort(self, request_id: str) -> list[TokenEvent]:
-        """Ends what is left of a request, at any moment; does nothing for an id that is not known (any more)."""
-        return [self._end(sequence, FinishReason.ABORT) for sequence in tuple(self._requests.get(request_id, ()))]
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """Ends what is left of a request, or one of its samples, at any moment; does nothing for what is not known (any more)."""
+        wanted = [sequence for sequence in self._requests.get(request_id, ()) if index is None or sequence.index == index]
+        return [self._end(sequence, FinishReason.ABORT) for sequence in wanted]
 
     # ------------------------------------------------------------------------------------------------------------ one step
 
