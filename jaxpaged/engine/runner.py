@@ -141,6 +141,11 @@ class Runner:
         jax.monitoring.register_event_duration_secs_listener(self._on_event)
 
     @property
+    def vocab_size(self) -> int:
+        """V; every id that a step samples is below it."""
+        return self.model.config.vocab_size
+
+    @property
     def pool(self) -> PagePool:
         """The page pool."""
         if self._pool is None:

@@ -8,13 +8,19 @@ from __future__ import annotations
 
 import bisect
 import dataclasses
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+
+from jaxpaged.scheduling.plan import StepPlan, TokenEvent
+from jaxpaged.scheduling.request import Request
 
 _LATENCY = (0.001, 0.005, 0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0, 160.0, 640.0, 2560.0)
 _TOKEN_LATENCY = (0.01, 0.025, 0.05, 0.075, 0.1, 0.15, 0.2, 0.3, 0.4, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0, 20.0, 40.0, 80.0)
 _REQUEST_LATENCY = (0.3, 0.5, 0.8, 1.0, 1.5, 2.0, 2.5, 5.0, 10.0, 15.0, 20.0, 30.0, 40.0, 50.0, 60.0, 120.0, 240.0, 480.0, 960.0, 1920.0, 7680.0)
 _STEP_TOKENS = (1, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384)
 _LENGTHS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10000, 20000, 50000, 100000)
+
+_RECENT_STEPS = 256
 
 HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "time_to_first_token_seconds": ("From arrival to the first token.", _LATENCY),
@@ -109,3 +115,132 @@ class EngineStats:
     refused: int = 0
     finished: Mapping[str, int] = dataclasses.field(default_factory=dict)
     histograms: Mapping[str, HistogramSnapshot] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass
+class _Times:
+    """Moments in the life of one sequence, in seconds of the clock."""
+
+    num_prompt: int
+    arrival: float
+    first_step: float | None = None
+    first_token: float | None = None
+    last_token: float = 0.0
+    num_tokens: int = 0
+
+
+class Telemetry:
+    """Observes what the engine does. Keeps one small record per live sequence and nothing per finished one.
+
+    Args:
+        page_size: B, token positions in a page.
+        clock: Monotonic seconds.
+    """
+
+    def __init__(self, page_size: int, clock: Callable[[], float]) -> None:
+        self.prompt_tokens = 0
+        self.generation_tokens = 0
+        self.steps = 0
+        self.step_tokens = 0
+        self.padding_tokens = 0
+        self.recoveries = 0
+        self.refused = 0
+        self.finished: Counter[str] = Counter()
+        self._histograms = {name: Histogram(bounds) for name, (_, bounds) in HISTOGRAMS.items()}
+        self._page_size = page_size
+        self._clock = clock
+        self._live: dict[tuple[str, int], _Times] = {}
+        self._cells_held = 0
+        self._cells_filled = 0
+        self._recent = [0.0] * _RECENT_STEPS
+
+    @property
+    def num_live(self) -> int:
+        """Sequences with a record; those that the scheduler has."""
+        return len(self._live)
+
+    @property
+    def step_p99_s(self) -> float:
+        """99th percentile of the durations of the last 256 steps, in seconds."""
+        recent = sorted(self._recent[: self.steps])
+        return recent[int(0.99 * (len(recent) - 1))] if recent else 0.0
+
+    @property
+    def kv_waste(self) -> float:
+        """Share of the cells in held pages without a token, over all steps."""
+        return 1.0 - self._cells_filled / self._cells_held if self._cells_held else 0.0
+
+    def added(self, request: Request) -> None:
+        """Notes a request that was taken in."""
+        arrival = request.arrival_s or self._clock()
+        for index in range(request.params.n):
+            self._live[request.id, index] = _Times(len(request.prompt), arrival)
+        self._observe("request_params_n", request.params.n)
+        self._observe("request_params_max_tokens", request.max_tokens)
+
+    def dispatched(self, plan: StepPlan) -> None:
+        """Notes a step that starts."""
+        for work in plan.work:
+            self._cells_held += len(work.sequence.page_ids) * self._page_size
+            self._cells_filled += work.end
+            if work.new_slot:
+                self._started(work.sequence.request.id, work.sequence.index)
+
+    def committed(self, plan: StepPlan, seconds: float) -> None:
+        """Notes a step that ended, with the time that it took the device and the host, steps that overlapped it excluded."""
+        self._recent[self.steps % _RECENT_STEPS] = seconds
+        self.steps += 1
+        self.step_tokens += plan.num_tokens
+        self.padding_tokens += plan.token_bucket - plan.num_tokens
+        self._observe("step_seconds", seconds)
+        self._observe("iteration_tokens_total", plan.num_tokens)
+
+    def sent(self, events: Iterable[TokenEvent]) -> None:
+        """Notes tokens and ends of sequences."""
+        now = self._clock()
+        for event in events:
+            times = self._live.get((event.request_id, event.index))
+            if times is None:
+                continue
+            if event.token_ids:
+                self._token(times, now, len(event.token_ids))
+            if event.finish_reason is not None:
+                self._ended(times, now)
+                self.finished[str(event.finish_reason)] += 1
+                del self._live[event.request_id, event.index]
+
+    def histograms(self) -> dict[str, HistogramSnapshot]:
+        """Returns frozen copies."""
+        return {name: histogram.snapshot() for name, histogram in self._histograms.items()}
+
+    def _observe(self, name: str, value: float) -> None:
+        self._histograms[name].observe(value)
+
+    def _started(self, request_id: str, index: int) -> None:
+        times = self._live.get((request_id, index))
+        if times is not None and times.first_step is None:
+            times.first_step = self._clock()
+            self.prompt_tokens += times.num_prompt
+            self._observe("request_queue_time_seconds", times.first_step - times.arrival)
+
+    def _token(self, times: _Times, now: float, count: int) -> None:
+        self.generation_tokens += count
+        if times.first_token is None:
+            times.first_token = now
+            self._observe("time_to_first_token_seconds", now - times.arrival)
+            self._observe("request_prefill_time_seconds", now - (times.first_step or times.arrival))
+        else:
+            self._observe("inter_token_latency_seconds", now - times.last_token)
+        times.last_token = now
+        times.num_tokens += count
+
+    def _ended(self, times: _Times, now: float) -> None:
+        self._observe("e2e_request_latency_seconds", now - times.arrival)
+        self._observe("request_prompt_tokens", times.num_prompt)
+        self._observe("request_generation_tokens", times.num_tokens)
+        if times.first_step is not None:
+            self._observe("request_inference_time_seconds", now - times.first_step)
+        if times.first_token is not None:
+            self._observe("request_decode_time_seconds", times.last_token - times.first_token)
+            if times.num_tokens > 1:
+                self._observe("request_time_per_output_token_seconds", (times.last_token - times.first_token) / (times.num_tokens - 1))

@@ -1,0 +1,259 @@
+"""The engine: a scheduler that decides, a runner that computes, and the loop between them. Knows token ids only."""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+from jaxpaged.engine.telemetry import EngineStats, Telemetry
+from jaxpaged.errors import EngineStopped, QueueFull
+from jaxpaged.scheduling.plan import INVALID_TOKEN, StepPlan, StepResult, TokenEvent
+from jaxpaged.scheduling.request import FinishReason, Request
+from jaxpaged.scheduling.scheduler import Scheduler
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 6
+"""Failing steps in a row that are recovered from; a good step, or finding the request to blame, starts the count anew."""
+
+_MAX_RESETS = 3
+
+
+class Handle(Protocol):
+    """A dispatched step."""
+
+    def read(self) -> StepResult:
+        """Waits for the step's result; raises what went wrong with it."""
+        ...
+
+
+class StepRunner(Protocol):
+    """What the engine needs of a runner; ``Runner`` is the real one, tests have others.
+
+    Attributes:
+        vocab_size: Every valid token id is below it.
+    """
+
+    vocab_size: int
+
+    def dispatch(self, plan: StepPlan) -> Handle:
+        """Starts a step."""
+        ...
+
+    def reset(self) -> None:
+        """Makes the runner fit to start again from an empty pool after a failed step."""
+        ...
+
+
+@dataclasses.dataclass(frozen=True)
+class _Flight:
+    """A step that was dispatched and not read."""
+
+    plan: StepPlan
+    handle: Handle
+    dispatched_at: float
+
+
+class Engine:
+    """Requests in, token events out, one step at a time. Not thread-safe: one thread calls it.
+
+    Args:
+        scheduler: Decides.
+        runner: Computes.
+        async_depth: Steps dispatched before the tokens of the first are read: 1 keeps the device busy, 0 gives the same tokens.
+        clock: Monotonic seconds.
+
+    Attributes:
+        recovering: A step failed and none has succeeded since.
+        failed: Why the engine gave up; None while it works.
+        progress_at: When a step was committed last or, if later, when work arrived at an idle engine.
+    """
+
+    def __init__(
+        self, scheduler: Scheduler, runner: StepRunner, *, async_depth: int = 1, clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self.scheduler = scheduler
+        self.runner = runner
+        self.async_depth = async_depth
+        self.recovering = False
+        self.failed: str | None = None
+        self.telemetry = Telemetry(scheduler.page_size, clock)
+        self.progress_at = clock()
+        self._clock = clock
+        self._in_flight: deque[_Flight] = deque()
+        self._num_failures = 0
+
+    @property
+    def has_work(self) -> bool:
+        """Whether ``step`` has something to do."""
+        return self.scheduler.has_work
+
+    def add(self, request: Request) -> None:
+        """Takes a request in.
+
+        Raises:
+            RequestError: It can never fit.
+            QueueFull: Too many are waiting.
+        """
+        was_idle = not self.scheduler.has_work
+        try:
+            self.scheduler.add(request)
+        except QueueFull:
+            self.telemetry.refused += 1
+            raise
+        self.telemetry.added(request)
+        if was_idle:
+            self.progress_at = self._clock()
+
+    def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
+        """Ends a request, or one of its samples, at any moment; returns the ends. Unknown ids give none."""
+        return self._send(self.scheduler.abort(request_id, index))
+
+    def step(self) -> list[TokenEvent]:
+        """Dispatches the next step, then reads and commits the one before it.
+
+        At depth 1 the device computes the new step meanwhile; its inputs are the tokens that it sampled itself. When nothing new can be
+        dispatched, everything in flight is read.
+
+        Returns:
+            New tokens and ends of sequences.
+
+        Raises:
+            EngineStopped: Steps keep failing; ``failed`` says why.
+        """
+        if self.failed is not None:
+            raise EngineStopped(self.failed)
+        plan = self.scheduler.schedule()
+        keep = 0
+        if plan is not None:
+            keep = self.async_depth if self._dispatch(plan) else 0
+        events: list[TokenEvent] = []
+        while len(self._in_flight) > keep:
+            events += self._commit_oldest()
+        return self._send(events)
+
+    def reset(self) -> list[TokenEvent]:
+        """Aborts everything and starts from an empty pool; for a caller that was interrupted in the middle of a step."""
+        self._in_flight.clear()
+        self.runner.reset()
+        events = self.scheduler.recover(None)
+        for request_id in {sequence.request.id for sequence in self.scheduler.live_sequences()}:
+            events += self.scheduler.abort(request_id)
+        return self._send(events)
+
+    def check(self) -> None:
+        """Verifies the scheduler's invariants and that nothing is kept for sequences that are gone; call when idle.
+
+        Raises:
+            InvariantError: Says which.
+            RuntimeError: Records of finished sequences are left over.
+        """
+        self.scheduler.check()
+        num_live = sum(1 for _ in self.scheduler.live_sequences())
+        if self.telemetry.num_live != num_live:
+            raise RuntimeError(f"{self.telemetry.num_live} records are kept for {num_live} live sequences")
+
+    def stats(self) -> EngineStats:
+        """Returns a snapshot of all counters; callable from any thread."""
+        scheduler, seen = self.scheduler, self.telemetry
+        return EngineStats(
+            running=scheduler.num_running,
+            waiting=scheduler.num_waiting,
+            num_pages=scheduler.pages.num_pages,
+            page_size=scheduler.page_size,
+            pages_used=scheduler.num_pages_in_use,
+            pages_free=scheduler.pages.num_free,
+            kv_cache_usage=scheduler.kv_usage,
+            kv_waste=seen.kv_waste,
+            prompt_tokens=seen.prompt_tokens,
+            generation_tokens=seen.generation_tokens,
+            preemptions=scheduler.num_preemptions,
+            steps=seen.steps,
+            step_tokens=seen.step_tokens,
+            padding_tokens=seen.padding_tokens,
+            compilations_after_ready=getattr(self.runner, "compilations_after_ready", 0),
+            compile_s=getattr(self.runner, "compile_s", 0.0),
+            recoveries=seen.recoveries,
+            refused=seen.refused,
+            finished=dict(seen.finished),
+            histograms=seen.histograms(),
+        )
+
+    def _dispatch(self, plan: StepPlan) -> bool:
+        """Starts a step. One that cannot be started is read like the others, in its turn, and raises then."""
+        self.telemetry.dispatched(plan)
+        try:
+            handle: Handle = self.runner.dispatch(plan)
+        except Exception as error:
+            handle = _FailedDispatch(error)
+        self._in_flight.append(_Flight(plan, handle, self._clock()))
+        return not isinstance(handle, _FailedDispatch)
+
+    def _commit_oldest(self) -> list[TokenEvent]:
+        flight = self._in_flight.popleft()
+        try:
+            result = flight.handle.read()
+        except Exception as error:
+            return self._recover(flight.plan, error)
+        now = self._clock()
+        self.telemetry.committed(flight.plan, now - max(flight.dispatched_at, self.progress_at))
+        self.progress_at = now
+        self._num_failures = 0
+        self.recovering = False
+        return self.scheduler.commit(flight.plan, self._with_valid_tokens(result))
+
+    def _recover(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
+        """Goes on after a failed step: the donated pool is gone, so it is made anew and everything running is computed again."""
+        logger.error("step %d failed (%s: %s); recomputing what ran", plan.step, type(error).__name__, _one_line(error))
+        self.recovering = True
+        self.telemetry.recoveries += 1
+        self._num_failures += 1
+        self._in_flight.clear()
+        if self._num_failures > MAX_FAILURES:
+            self._give_up(f"{self._num_failures} steps failed in a row; the last one with {type(error).__name__}: {_one_line(error)}")
+        for attempt in range(1, _MAX_RESETS + 1):
+            try:
+                self.runner.reset()
+                break
+            except Exception as again:
+                logger.error("reset %d after a failed step failed too: %s", attempt, _one_line(again))
+                if attempt == _MAX_RESETS:
+                    self._give_up(f"the device does not come back after a failed step: {_one_line(again)}")
+        events = self.scheduler.recover(plan)
+        if any(event.finish_reason is FinishReason.ERROR for event in events):
+            self._num_failures = 0
+        return events
+
+    def _give_up(self, reason: str) -> None:
+        self.failed = reason
+        raise EngineStopped(reason)
+
+    def _with_valid_tokens(self, result: StepResult) -> StepResult:
+        """Returns the result with ids that no vocabulary has marked as invalid, so that they end their sequence alone."""
+        tokens, vocab = result.tokens, self.runner.vocab_size
+        if tokens and (max(tokens) >= vocab or min(tokens) < INVALID_TOKEN):
+            return dataclasses.replace(result, tokens=[token if 0 <= token < vocab else INVALID_TOKEN for token in tokens])
+        return result
+
+    def _send(self, events: list[TokenEvent]) -> list[TokenEvent]:
+        if events:
+            self.telemetry.sent(events)
+        return events
+
+
+class _FailedDispatch:
+    """Stands for a step that could not even be started."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def read(self) -> StepResult:
+        raise self._error
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
