@@ -13,6 +13,7 @@ Letters: S rows, T tokens, M slots, V vocabulary, E model dimension.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -20,14 +21,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, UInt
+from jaxtyping import Array, Bool, Float, Int, Shaped, UInt
 
 from jaxpaged.state import TOP_LOGPROBS, RowFlag, SamplingState, StepInputs, TokenFlag, has_flag
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
-_DRAW_BLOCK = 256
-"""Tokens whose weights are added up before the draw looks among them."""
+_BLOCK = 64
+"""Tokens whose largest logit stands for them where likely tokens are looked for."""
+_NEAR_BLOCKS = 128
+"""Blocks that are searched for the boundary of top_k and top_p before all are; at least as many tokens are ahead of all others."""
+_SUM_BLOCK = 512
+"""Most weights whose limbs' sums are exact in float32."""
 _PROMPT_CHUNK = 32
 """Prompt positions whose logits exist at one time."""
 
@@ -92,8 +97,11 @@ def _adjusted(logits: Float[Array, "S V"], inputs: StepInputs, state: SamplingSt
     def apply_flags(x: Array) -> Array:
         return _apply_flags(x, jnp.take(state.token_flags, inputs.slots, axis=0, mode="clip"), inputs)
 
-    logits = lax.cond(jnp.any(biased), add_bias, lambda x: x, logits)
-    return lax.cond(jnp.any(flagged), apply_flags, lambda x: x, logits)
+    def adjust(x: Array) -> Array:
+        x = lax.cond(jnp.any(biased), add_bias, lambda x: x, x)
+        return lax.cond(jnp.any(flagged), apply_flags, lambda x: x, x)
+
+    return lax.cond(jnp.any(biased | flagged), adjust, lambda x: x, logits)
 
 
 def _apply_flags(x: Float[Array, "S V"], rows: Int[Array, "S V"], inputs: StepInputs) -> Float[Array, "S V"]:
@@ -112,58 +120,168 @@ def _apply_flags(x: Float[Array, "S V"], rows: Int[Array, "S V"], inputs: StepIn
 
 def _choose(x: Float[Array, "S V"], inputs: StepInputs) -> Int[Array, " S"]:
     """Returns the most likely or a drawn token of each row, -1 where the largest logit is not finite."""
-    top = jnp.max(x, axis=-1)  # NaN if the row holds any
+    vocab = x.shape[-1]
+    if vocab % _BLOCK:
+        x = jnp.pad(x, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf)
+    blocks = x.reshape(x.shape[0], -1, _BLOCK)
+    largest = jnp.max(blocks, axis=-1)  # [S, V / 64]; NaN where a block holds any
+    top = jnp.max(largest, axis=-1)
     valid = jnp.isfinite(top)
-    greedy = jnp.argmax(x, axis=-1).astype(jnp.int32)
-    random = has_flag(inputs.flags, RowFlag.RANDOM)
+    # The first largest token is in the first block whose maximum is largest: much faster on a CPU than one argmax.
+    block = jnp.argmax(largest, axis=-1)
+    index = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    greedy = (block * _BLOCK + index).astype(jnp.int32)
+    random = has_flag(inputs.flags, RowFlag.RANDOM) & valid
 
     def draw(greedy: Array) -> Array:
-        return jnp.where(random, _draw(x, top, random & valid, inputs), greedy)
+        return jnp.where(random, _draw(x, largest, top, random, inputs), greedy)
 
-    return jnp.where(valid, lax.cond(jnp.any(random & valid), draw, lambda greedy: greedy, greedy), -1)
+    return jnp.where(valid, lax.cond(jnp.any(random), draw, lambda greedy: greedy, greedy), -1)
 
 
-def _draw(x: Float[Array, "S V"], top: Float[Array, " S"], active: Bool[Array, " S"], inputs: StepInputs) -> Int[Array, " S"]:
+def _draw(
+    x: Float[Array, "S V"], largest: Float[Array, "S B"], top: Float[Array, " S"], active: Bool[Array, " S"], inputs: StepInputs
+) -> Int[Array, " S"]:
     """Temperature, min_p, top_k, top_p, and one draw; rows that are not active give any id."""
-    vocab = x.shape[-1]
-    limb_bits = _limb_bits(vocab)
-    x = jnp.where(active[:, None], x, 0.0)
-    top = jnp.where(active, top, 0.0)
+    limb_bits = _limb_bits(x.shape[-1])
     temperature = jnp.where(active, inputs.temperature, 1.0)
-    weight = jnp.exp((x - top[:, None]) / temperature[:, None])
-    weight = jnp.where(weight >= inputs.min_p[:, None], weight, 0.0)
-    units = jnp.round(weight * float(4**limb_bits)).astype(jnp.uint32)
+    weights = jnp.exp((x - top[:, None]) / temperature[:, None])  # 1 for the most likely token
+    weights = jnp.where(weights >= inputs.min_p[:, None], weights, 0.0)
+    units = jnp.where(active[:, None], jnp.round(weights * float(4**limb_bits)), 0.0).astype(jnp.int32)
 
-    top_k = jnp.where(active & (inputs.top_k > 0) & (inputs.top_k < vocab), inputs.top_k, vocab)
-    units = lax.cond(jnp.any(top_k < vocab), lambda u: _keep_top_k(x, u, top_k), lambda u: u, units)
+    top_k = jnp.where(active & (inputs.top_k < x.shape[-1]), jnp.maximum(inputs.top_k, 0), 0)
     top_p = jnp.where(active, inputs.top_p, 1.0)
-    units = lax.cond(jnp.any(top_p < 1.0), lambda u: _keep_top_p(u, top_p, limb_bits), lambda u: u, units)
-    return _invert(units, _uniform_bits(inputs), limb_bits)
+    restricted = jnp.any((top_k > 0) | (top_p < 1.0))
+    units = lax.cond(restricted, lambda units: _restrict(x, units, largest, top_k, top_p, limb_bits), lambda units: units, units)
+    return _pick(units, _uniform_bits(inputs), limb_bits)
 
 
 def _uniform_bits(inputs: StepInputs) -> UInt[Array, " S"]:
     """One uint32 per row from its seed and the position of the token that is sampled."""
-    words = jnp.stack([inputs.seed_high, inputs.seed_low], axis=-1)
-    keys = jax.random.wrap_key_data(lax.bitcast_convert_type(words, jnp.uint32), impl="threefry2x32")
-    return jax.vmap(lambda key, position: jax.random.bits(jax.random.fold_in(key, position), (), jnp.uint32))(keys, inputs.kv_lens)
+    words = lax.bitcast_convert_type(jnp.stack([inputs.seed_high, inputs.seed_low], axis=-1), jnp.uint32)
+    keys = jax.vmap(jax.random.fold_in)(jax.random.wrap_key_data(words, impl="threefry2x32"), inputs.kv_lens)
+    return jax.random.key_data(keys)[:, 1]  # a cipher of the position under the seed
 
 
-# ------------------------------------------------------------------------------------------------------- thresholds and draw
+# --------------------------------------------------------------------------------------------------------- top_k and top_p
+
+
+class _Tokens(NamedTuple):
+    """Tokens of each row among which a boundary is sought: logits, weights and ids [S, C]."""
+
+    x: Float[Array, "S C"]
+    units: Int[Array, "S C"]
+    ids: Int[Array, "S C"]
+
+
+_Reaches = Callable[[Bool[Array, "S C"], _Tokens], Bool[Array, " S"]]
+"""Whether a set of tokens is large enough; once it is, it stays so as tokens are added."""
+
+
+def _restrict(
+    x: Float[Array, "S V"],
+    units: Int[Array, "S V"],
+    largest: Float[Array, "S B"],
+    top_k: Int[Array, " S"],
+    top_p: Float[Array, " S"],
+    limb_bits: int,
+) -> Int[Array, "S V"]:
+    """Sets the weights of the tokens that top_k (0 for all), then top_p (1 for all) leave out to zero."""
+
+    def keep_top_k(units: Array) -> Array:
+        keep = _shortest_prefix(x, units, largest, lambda mask, _: _count(mask) >= top_k.astype(jnp.float32))
+        return jnp.where(keep | (top_k == 0)[:, None], units, 0)
+
+    def keep_top_p(units: Array) -> Array:
+        total = _mass(units, limb_bits)
+        share = jnp.clip(top_p * 2.0**32, 1.0, 2.0**32 - 256).astype(jnp.uint32)
+        target = total.minus(_fraction_of(-share, total, limb_bits), limb_bits)  # all but what may go: the share rounded up
+        wanted = top_p < 1.0
+
+        def reaches(mask: Array, tokens: _Tokens) -> Array:
+            return ~wanted | _mass(jnp.where(mask, tokens.units, 0), limb_bits).at_least(target)
+
+        return jnp.where(_shortest_prefix(x, units, largest, reaches) | ~wanted[:, None], units, 0)
+
+    units = lax.cond(jnp.any(top_k > 0), keep_top_k, lambda units: units, units)
+    return lax.cond(jnp.any(top_p < 1.0), keep_top_p, lambda units: units, units)
+
+
+def _shortest_prefix(
+    x: Float[Array, "S V"], units: Int[Array, "S V"], largest: Float[Array, "S B"], reaches: _Reaches
+) -> Bool[Array, "S V"]:
+    """Marks the fewest tokens that reach, in the order of the logits downwards and of the ids upwards among equals.
+
+    Looks first among the blocks with the largest maxima: every token beyond the least of these maxima is in them, so if these
+    tokens reach, the boundary is among them. Only if they do not for some row are all tokens searched.
+    """
+    rows, vocab = x.shape
+    everything = _Tokens(x, units, jnp.arange(vocab, dtype=jnp.int32)[None])
+    if largest.shape[-1] <= _NEAR_BLOCKS:
+        value, last = _boundary(everything, reaches)
+    else:
+        maxima, blocks = lax.top_k(largest, _NEAR_BLOCKS)
+        ids = (blocks[:, :, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(rows, -1)
+        near = _Tokens(*(_take_blocks(array, blocks) for array in (x, units)), ids)
+        least = maxima[:, -1]
+        inside = reaches(near.x > least[:, None], near) | (least == -jnp.inf)
+        value, last = lax.cond(jnp.all(inside), lambda: _boundary(near, reaches), lambda: _boundary(everything, reaches))
+    return (x > value[:, None]) | ((x == value[:, None]) & (everything.ids <= last[:, None]))
+
+
+def _take_blocks(array: Shaped[Array, "S V"], blocks: Int[Array, "S N"]) -> Shaped[Array, "S C"]:
+    rows = array.shape[0]
+    return jnp.take_along_axis(array.reshape(rows, -1, _BLOCK), blocks[:, :, None], axis=1).reshape(rows, -1)
+
+
+def _boundary(tokens: _Tokens, reaches: _Reaches) -> tuple[Float[Array, " S"], Int[Array, " S"]]:
+    """Returns logit and id of the last token of the shortest prefix that reaches.
+
+    For rows that reach without any token the logit is NaN, which no token equals or exceeds.
+    """
+    rows = tokens.x.shape[0]
+    value = _nth_float(_largest(32, rows, lambda n: reaches(tokens.x >= _nth_float(n)[:, None], tokens)))
+    above, equal = tokens.x > value[:, None], tokens.x == value[:, None]
+    ties = (_count(equal) > 1) & (value > -jnp.inf)  # tokens of -inf weigh nothing, kept or not
+
+    def last_of_ties() -> Array:
+        short = _largest(31, rows, lambda n: ~reaches(above | (equal & (tokens.ids < n.astype(jnp.int32)[:, None])), tokens))
+        return short.astype(jnp.int32)
+
+    return value, lax.cond(jnp.any(ties), last_of_ties, lambda: jnp.full(rows, 2**31 - 1, jnp.int32))
+
+
+def _largest(num_bits: int, rows: int, holds: Callable[[Array], Array]) -> UInt[Array, " S"]:
+    """Returns per row the largest ``num_bits``-bit number for which ``holds``, which must hold up to there and not beyond."""
+
+    def refine(i: Array, found: Array) -> Array:
+        candidate = found | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
+        return jnp.where(holds(candidate), candidate, found)
+
+    return lax.fori_loop(0, num_bits, refine, jnp.zeros(rows, jnp.uint32))
+
+
+def _nth_float(n: UInt[Array, "*n"]) -> Float[Array, "*n"]:
+    """The n-th float32 from below; -inf for those before it, NaN beyond +inf."""
+    n = jnp.maximum(n, jnp.uint32(0x007FFFFF))
+    return lax.bitcast_convert_type(jnp.where(n >> 31 == 1, n ^ jnp.uint32(2**31), ~n), jnp.float32)
+
+
+# ------------------------------------------------------------------------------------------------------- exact sums, the draw
 
 
 class _Mass(NamedTuple):
     """Exact sums ``high * 2 ** limb_bits + low`` of weights, with ``low < 2 ** limb_bits``."""
 
-    high: UInt[Array, ...]
-    low: UInt[Array, ...]
+    high: UInt[Array, "*n"]
+    low: UInt[Array, "*n"]
 
-    def at_least(self, other: _Mass) -> Bool[Array, ...]:
+    def at_least(self, other: _Mass) -> Bool[Array, "*n"]:
         return (self.high > other.high) | ((self.high == other.high) & (self.low >= other.low))
 
     def minus(self, other: _Mass, limb_bits: int) -> _Mass:
-        borrow = self.low < other.low
-        low = self.low + (borrow.astype(jnp.uint32) << limb_bits) - other.low
-        return _Mass(self.high - other.high - borrow.astype(jnp.uint32), low)
+        borrow = (self.low < other.low).astype(jnp.uint32)
+        return _Mass(self.high - other.high - borrow, self.low + (borrow << limb_bits) - other.low)
 
 
 def _limb_bits(vocab: int) -> int:
@@ -171,106 +289,75 @@ def _limb_bits(vocab: int) -> int:
     return min(15, 32 - vocab.bit_length())
 
 
-def _split(units: UInt[Array, ...], limb_bits: int) -> tuple[Array, Array]:
-    return units >> limb_bits, units & (2**limb_bits - 1)
+def _carry(high: UInt[Array, "*n"], low: Int[Array, "*n"], limb_bits: int) -> _Mass:
+    """Brings a low limb, possibly negative, into its range."""
+    return _Mass(high + (low >> limb_bits).astype(jnp.uint32), (low & (2**limb_bits - 1)).astype(jnp.uint32))
 
 
-def _carry(high: UInt[Array, ...], low: UInt[Array, ...], limb_bits: int) -> _Mass:
-    return _Mass(high + (low >> limb_bits), low & (2**limb_bits - 1))
+def _count(mask: Bool[Array, "*n C"]) -> Float[Array, "*n"]:
+    """Counts below 2**24, exactly; floats because XLA vectorises their sums on a CPU and not those of integers."""
+    return jnp.sum(jnp.where(mask, 1.0, 0.0), axis=-1)
 
 
-def _sum(units: UInt[Array, "... V"], limb_bits: int) -> _Mass:
-    high, low = _split(units, limb_bits)
-    return _carry(jnp.sum(high, axis=-1, dtype=jnp.uint32), jnp.sum(low, axis=-1, dtype=jnp.uint32), limb_bits)
+def _block_sums(units: Int[Array, "S C"], limb_bits: int) -> tuple[UInt[Array, "S N"], Int[Array, "S N"]]:
+    """Adds up the high and the low limbs of blocks of 64 to 512 weights.
+
+    Each sum is a float below 2**24, so it is exact in whatever order it is made. The limbs are cut as integers: in a sum of
+    floats XLA reassociates, and ``(a + b) - b`` is then ``a``.
+    """
+    rows, count = units.shape
+    units = units.reshape(rows, -1, math.gcd(count, _SUM_BLOCK))
+    limbs = (units >> limb_bits, units & (2**limb_bits - 1))
+    high, low = (jnp.sum(limb.astype(jnp.float32), axis=-1) for limb in limbs)
+    return high.astype(jnp.uint32), low.astype(jnp.int32)
 
 
-def _cumulate(units: _Mass, limb_bits: int) -> _Mass:
-    high, low = (jnp.cumsum(limb, axis=-1, dtype=jnp.uint32) for limb in units)
-    return _carry(high, low, limb_bits)
+def _mass(units: Int[Array, "S C"], limb_bits: int) -> _Mass:
+    high, low = _block_sums(units, limb_bits)
+    return _carry(jnp.sum(high, axis=-1, dtype=jnp.uint32), jnp.sum(low, axis=-1, dtype=jnp.int32), limb_bits)
 
 
-def _multiply_high(a: UInt[Array, ...], b: UInt[Array, ...]) -> UInt[Array, ...]:
+def _multiply_high(a: UInt[Array, "*n"], b: UInt[Array, "*n"]) -> UInt[Array, "*n"]:
     """Upper 32 bits of the 64-bit product."""
     a_low, a_high, b_low, b_high = a & 0xFFFF, a >> 16, b & 0xFFFF, b >> 16
     middle = a_high * b_low + ((a_low * b_low) >> 16)
     return a_high * b_high + (middle >> 16) + (((middle & 0xFFFF) + a_low * b_high) >> 16)
 
 
-def _fraction_of(fraction: UInt[Array, ...], mass: _Mass, limb_bits: int) -> _Mass:
+def _fraction_of(fraction: UInt[Array, "*n"], mass: _Mass, limb_bits: int) -> _Mass:
     """``floor(fraction / 2**32 * mass)``, exactly."""
     whole = fraction * mass.high  # lower 32 bits of the product, in units of 2 ** (limb_bits - 32)
     rest = fraction * mass.low
     carry = ((whole << limb_bits) + rest) < rest
     low = (whole >> (32 - limb_bits)) + _multiply_high(fraction, mass.low) + carry.astype(jnp.uint32)
-    return _carry(_multiply_high(fraction, mass.high), low, limb_bits)
+    return _carry(_multiply_high(fraction, mass.high), low.astype(jnp.int32), limb_bits)
 
 
-def _largest(num_bits: int, holds: Callable[[Array], Array], like: Array) -> UInt[Array, " S"]:
-    """Largest ``num_bits``-bit number for which ``holds``, which must hold up to some number and not beyond; 0 if nowhere."""
+def _pick(units: Int[Array, "S V"], bits: UInt[Array, " S"], limb_bits: int) -> Int[Array, " S"]:
+    """The token at ``bits / 2**32`` of the way through the weights in order of ids, so one of zero weight never."""
+    rows, vocab = units.shape
+    high, low = _block_sums(units, limb_bits)
+    goal = _fraction_of(bits, _mass(units, limb_bits), limb_bits)
+    block, goal = _find(high, low, goal, limb_bits)
 
-    def refine(i: Array, found: Array) -> Array:
-        candidate = found | (jnp.uint32(1) << (num_bits - 1 - i).astype(jnp.uint32))
-        return jnp.where(holds(candidate), candidate, found)
-
-    return lax.fori_loop(0, num_bits, refine, jnp.zeros(like.shape[0], jnp.uint32))
-
-
-def _smallest_prefix(key: UInt[Array, "S V"], key_bits: int, reaches: Callable[[Array], Array]) -> Bool[Array, "S V"]:
-    """Marks the shortest run of tokens, by key downwards and by id upwards among equal keys, that ``reaches``.
-
-    Args:
-        key: Order of the tokens, below ``2 ** key_bits``.
-        key_bits: Passes over the vocabulary.
-        reaches: From a mask [S, V] to [S]; true for the full mask, and once true it stays so as tokens are added.
-    """
-    threshold = _largest(key_bits, lambda t: reaches(key >= t[:, None]), key)[:, None]
-    ids = jnp.arange(key.shape[-1], dtype=jnp.uint32)
-    above, equal = key > threshold, key == threshold
-
-    def break_ties(_: Array) -> Array:
-        last = _largest(key.shape[-1].bit_length(), lambda c: ~reaches(above | (equal & (ids < c[:, None]))), key)[:, None]
-        return above | (equal & (ids <= last))
-
-    return lax.cond(jnp.any(jnp.sum(equal, axis=-1) > 1), break_ties, lambda _: above | equal, None)
+    width = math.gcd(vocab, _SUM_BLOCK)
+    chosen = jnp.take_along_axis(units.reshape(rows, -1, width), block[:, None, None], axis=1)[:, 0]
+    index, _ = _find((chosen >> limb_bits).astype(jnp.uint32), chosen & (2**limb_bits - 1), goal, limb_bits)
+    return block * width + index
 
 
-def _keep_top_k(x: Float[Array, "S V"], units: UInt[Array, "S V"], top_k: Int[Array, " S"]) -> UInt[Array, "S V"]:
-    bits = lax.bitcast_convert_type(jnp.where(x == 0, 0.0, x), jnp.uint32)  # -0.0 and 0.0 are the same logit
-    key = jnp.where(bits >> 31 == 1, ~bits, bits | jnp.uint32(2**31))  # orders as the floats do
-    keep = _smallest_prefix(key, 32, lambda mask: jnp.sum(mask, axis=-1, dtype=jnp.int32) >= top_k)
-    return jnp.where(keep, units, 0)
+def _find(high: UInt[Array, "S N"], low: Int[Array, "S N"], goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
+    """Returns the last index before which at most the goal lies, and the goal less what lies before it."""
+    rows, count = high.shape
+    order = jnp.arange(count, dtype=jnp.uint32)
 
+    def before(n: Array) -> _Mass:
+        mask = order < n[:, None]
+        sums = (jnp.sum(jnp.where(mask, limb, 0), axis=-1, dtype=limb.dtype) for limb in (high, low))
+        return _carry(*sums, limb_bits)
 
-def _keep_top_p(units: UInt[Array, "S V"], top_p: Float[Array, " S"], limb_bits: int) -> UInt[Array, "S V"]:
-    total = _sum(units, limb_bits)
-    share = jnp.clip(top_p * 2.0**32, 1.0, 2.0**32 - 256).astype(jnp.uint32)
-    spare = jnp.where(top_p < 1.0, -share, 0)  # the share that may be dropped; keeping total - floor(spare) rounds the rest up
-    target = total.minus(_fraction_of(spare, total, limb_bits), limb_bits)
-    keep = _smallest_prefix(units, 2 * limb_bits + 1, lambda mask: _sum(jnp.where(mask, units, 0), limb_bits).at_least(target))
-    return jnp.where(keep, units, 0)
-
-
-def _invert(units: UInt[Array, "S V"], bits: UInt[Array, " S"], limb_bits: int) -> Int[Array, " S"]:
-    """The token at ``bits / 2**32`` of the way through the cumulated weights: probability ``units / sum``, never one of zero units."""
-    blocks = -(-units.shape[-1] // _DRAW_BLOCK)
-    padded = jnp.pad(units, ((0, 0), (0, blocks * _DRAW_BLOCK - units.shape[-1]))).reshape(-1, blocks, _DRAW_BLOCK)
-    upto = _cumulate(_sum(padded, limb_bits), limb_bits)
-    goal = _fraction_of(bits, _Mass(upto.high[:, -1], upto.low[:, -1]), limb_bits)
-
-    block, within = _first_beyond(upto, goal, limb_bits)
-    chosen = jnp.take_along_axis(padded, block[:, None, None], axis=1)[:, 0]
-    upto = _cumulate(_Mass(*_split(chosen, limb_bits)), limb_bits)
-    index, _ = _first_beyond(upto, within, limb_bits)
-    return block * _DRAW_BLOCK + index
-
-
-def _first_beyond(upto: _Mass, goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
-    """First index whose running sum exceeds the goal, and the goal less what lies before it."""
-    passed = _Mass(goal.high[:, None], goal.low[:, None]).at_least(upto)
-    index = jnp.sum(passed, axis=-1, dtype=jnp.int32)
-    before = jnp.maximum(index - 1, 0)[:, None]
-    high, low = (jnp.where(index > 0, jnp.take_along_axis(limb, before, axis=1)[:, 0], 0) for limb in upto)
-    return index, goal.minus(_Mass(high, low), limb_bits)
+    index = _largest(count.bit_length(), rows, lambda n: (n < count) & goal.at_least(before(n)))
+    return index.astype(jnp.int32), goal.minus(before(index), limb_bits)
 
 
 # ------------------------------------------------------------------------------------------------------- log-probabilities
