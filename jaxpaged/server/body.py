@@ -6,12 +6,16 @@ again, and can be driven into deep recursion. Each of these has taken a server d
 
 from __future__ import annotations
 
+import asyncio
 import json
 import math
 import re
 from typing import Any, NoReturn
 
+from starlette.types import Receive, Scope
+
 from jaxpaged.errors import RequestError
+from jaxpaged.server.answers import ClientGone
 
 MAX_DEPTH = 32
 """Deepest nesting of arrays and objects in a body."""
@@ -19,10 +23,52 @@ MAX_DEPTH = 32
 MAX_NUMBER_DIGITS = 400
 """Longest run of digits in a number; beyond it Python's conversion is quadratic or refuses."""
 
+BODY_IDLE_S = 30.0
+"""Seconds a client may take for the body, and once more for every ``BODY_IDLE_BYTES`` that came."""
+
+BODY_IDLE_BYTES = 300_000
+
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_A_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
 _ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+    """Reads a request body while its size is still allowed.
+
+    Args:
+        scope: Of the request.
+        receive: Of the request.
+        max_bytes: Most bytes; a longer body is refused as soon as that is known, declared or not.
+
+    Raises:
+        RequestError: 408, 413 or 415.
+        ClientGone: The client closed the connection.
+    """
+    headers = {name: value for name, value in scope["headers"]}
+    _check_type(headers.get(b"content-type", b""), headers.get(b"content-encoding", b"identity"))
+    declared = headers.get(b"content-length", b"0")
+    if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:
+        raise _too_large(max_bytes)
+    body = bytearray()
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(BODY_IDLE_S) as patience:
+            start = loop.time()
+            more = True
+            while more:
+                message = await receive()
+                if message["type"] == "http.disconnect":
+                    raise ClientGone
+                body += message.get("body", b"")
+                more = message.get("more_body", False)
+                if len(body) > max_bytes:
+                    raise _too_large(max_bytes)
+                patience.reschedule(start + BODY_IDLE_S * (1 + len(body) / BODY_IDLE_BYTES))
+    except TimeoutError:
+        raise RequestError("the request body did not arrive in time", code="request_timeout", status=408) from None
+    return bytes(body)
 
 
 def parse_json_object(raw: bytes) -> dict[str, Any]:
@@ -57,6 +103,21 @@ def parse_json_object(raw: bytes) -> dict[str, Any]:
     if _SURROGATE_ESCAPE.search(raw):
         _check_unicode(content)
     return content
+
+
+def _too_large(max_bytes: int) -> RequestError:
+    return RequestError(f"the request body is larger than {max_bytes} bytes", code="request_too_large", status=413)
+
+
+def _check_type(content_type: bytes, encoding: bytes) -> None:
+    kind, _, parameters = content_type.decode("latin-1").lower().partition(";")
+    kind = kind.strip()
+    if kind != "application/json" and not re.fullmatch(r"application/[a-z0-9.-]+\+json", kind):
+        raise RequestError("the Content-Type must be application/json", code="unsupported_media_type", status=415)
+    if "charset" in parameters and not re.search(r"charset=\"?utf-?8\"?", parameters):
+        raise RequestError("the charset must be utf-8", code="unsupported_media_type", status=415)
+    if encoding.strip().lower() != b"identity":
+        raise RequestError("a compressed body is not supported", code="unsupported_media_type", status=415)
 
 
 def _check_depth(raw: bytes) -> None:

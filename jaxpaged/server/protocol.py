@@ -47,6 +47,7 @@ class GenerationCall:
         prompts: Texts or token ids; empty for chat.
         stream: Whether to answer with events; ``include_usage`` and ``continuous_usage`` say what counts they carry.
         truncate_prompt_tokens: Keep only this many last tokens of each prompt; None for all.
+        want_prompt_logprobs: Whether the client asked to see them itself (``echo`` needs them too).
         ignored: Names of fields that nobody defines.
     """
 
@@ -58,6 +59,7 @@ class GenerationCall:
     include_usage: bool = False
     continuous_usage: bool = False
     echo: bool = False
+    want_prompt_logprobs: bool = False
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -230,6 +232,7 @@ def _common(values: Mapping[str, Any]) -> dict[str, Any]:
         "stream": stream,
         "include_usage": options.get("include_usage", False),
         "continuous_usage": options.get("include_usage", False) and options.get("continuous_usage_stats", False),
+        "want_prompt_logprobs": values.get("prompt_logprobs") is not None,
         "truncate_prompt_tokens": values.get("truncate_prompt_tokens"),
         "return_token_ids": values.get("return_token_ids", False),
         "return_tokens_as_token_ids": values.get("return_tokens_as_token_ids", False),
@@ -302,7 +305,9 @@ def _parse_message(message: object, where: str, ignored: dict[str, None]) -> Mes
         raise _bad(f"{where} must be an object with role and content; got {_shown(message)}", where)
     role = message.get("role")
     if role in ("tool", "function"):
-        raise RequestError(f"{where}.role {role!r} is not supported: this server has no tool calls", param=f"{where}.role", code="unsupported_parameter")
+        raise RequestError(
+            f"{where}.role {role!r} is not supported: this server has no tool calls", param=f"{where}.role", code="unsupported_parameter"
+        )
     if role not in _ROLES:
         raise _bad(f"{where}.role must be one of {', '.join(_ROLES)}; got {_shown(role)}", f"{where}.role")
     for key in _MESSAGE_KEYS_UNSUPPORTED:
@@ -325,7 +330,11 @@ def _parse_content(content: object, where: str) -> str:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
             raise _bad(f'{where}[{i}] must be an object {{"type": "text", "text": ...}}; got {_shown(part)}', f"{where}[{i}]")
         if part["type"] != "text":
-            raise RequestError(f"{where}[{i}].type {_shown(part['type'])} is not supported: only text is", param=f"{where}[{i}].type", code="unsupported_parameter")
+            raise RequestError(
+                f"{where}[{i}].type {_shown(part['type'])} is not supported: only text is",
+                param=f"{where}[{i}].type",
+                code="unsupported_parameter",
+            )
         if not isinstance(part.get("text"), str):
             raise _bad(f"{where}[{i}].text must be a string; got {_shown(part.get('text'))}", f"{where}[{i}].text")
         texts.append(part["text"])

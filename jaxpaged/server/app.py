@@ -1,0 +1,207 @@
+"""The routes. Each is a few lines: what it does is in ``service``, what it takes in ``fields``, what it answers in ``render``."""
+
+from __future__ import annotations
+
+import importlib.metadata
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any
+
+from fastapi import FastAPI
+from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Route
+from starlette.types import Receive, Scope, Send
+
+from jaxpaged.config import ServerConfig
+from jaxpaged.engine.async_engine import AsyncEngine
+from jaxpaged.errors import JaxpagedError, RequestError
+from jaxpaged.server.answers import ClientGone, Problem, RequestTimedOut, describe, json_response
+from jaxpaged.server.gate import Gate, RequireKey
+from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.openapi import describe_api
+from jaxpaged.server.protocol import (
+    DetokenizeCall,
+    GenerationCall,
+    TokenizeCall,
+    parse_chat,
+    parse_completion,
+    parse_detokenize,
+    parse_tokenize,
+    shown_names,
+)
+from jaxpaged.server.service import Service, explain
+
+_READ = ["GET", "HEAD"]
+
+
+def create_app(engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str] = (), local_only: bool = False) -> FastAPI:
+    """Makes the ASGI application.
+
+    Args:
+        engine: Started by the caller; while it loads, only the health routes and /metrics answer with 200.
+        config: Keys, limits, names.
+        names: Names of the model; default: ``config.served_model_name``, then the model's own.
+        local_only: Whether it is served on loopback only, see ``Gate``.
+
+    Returns:
+        The application; ``app.state.service`` holds the calls in flight.
+    """
+    service = Service(engine, config, names=config.served_model_name or names, version=_version())
+    routes = Routes(service)
+    app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, routes=routes.table())
+    app.state.service = service
+    for kind in (JaxpagedError, RequestTimedOut, ClientGone):
+        app.add_exception_handler(kind, _answer_problem)
+    app.add_exception_handler(HTTPException, _answer_http)
+    keys = tuple(key for key in config.api_key if key)
+    if keys:
+        app.add_middleware(RequireKey, keys=keys)
+    if config.allowed_origins:
+        app.add_middleware(
+            CORSMiddleware,
+            allow_origins=list(config.allowed_origins),
+            allow_methods=["GET", "POST"],
+            allow_headers=["authorization", "content-type"],
+            expose_headers=["x-request-id", "x-jaxpaged-ignored-fields"],
+        )
+    app.add_middleware(Gate, local_only=local_only and not keys, allowed_origins=config.allowed_origins)
+    return app
+
+
+class Routes:
+    """The handlers, bound to one service."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+        self._metrics = Metrics(service, service.config.metrics_prefix)
+
+    def table(self) -> list[Route]:
+        """Returns every route there is."""
+        return [
+            Route("/v1/chat/completions", _Generate(self._service, parse_chat), methods=["POST"]),
+            Route("/v1/completions", _Generate(self._service, parse_completion), methods=["POST"]),
+            Route("/v1/models", self.models, methods=_READ),
+            Route("/v1/models/{model:path}", self.model, methods=_READ),
+            Route("/tokenize", self.tokenize, methods=["POST"]),
+            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/livez", self.livez, methods=_READ),
+            Route("/readyz", self.health, methods=_READ),
+            Route("/health", self.health, methods=_READ),
+            Route("/ping", self.health, methods=[*_READ, "POST"]),
+            Route("/version", self.version, methods=_READ),
+            Route("/load", self.load, methods=_READ),
+            Route("/metrics", self.metrics, methods=_READ),
+            Route("/openapi.json", self.openapi, methods=_READ),
+        ]
+
+    async def models(self, request: Request) -> Response:
+        """Lists the model's names."""
+        service = self._service
+        info = service.info()
+        return json_response({"object": "list", "data": [self._model(name) for name in service.names(info)]})
+
+    async def model(self, request: Request) -> Response:
+        """Describes one name."""
+        name = request.path_params["model"]
+        self._service.check_model(name, self._service.info())
+        return json_response(self._model(name))
+
+    def _model(self, name: str) -> dict[str, Any]:
+        info = self._service.info()
+        return {
+            "id": name,
+            "object": "model",
+            "created": self._service.created,
+            "owned_by": "jaxpaged",
+            "root": info.model_name,
+            "parent": None,
+            "max_model_len": info.max_model_len,
+        }
+
+    async def tokenize(self, request: Request) -> Response:
+        """Turns text into ids."""
+        call: TokenizeCall = await self._service.read(request.scope, request.receive, parse_tokenize)
+        return json_response(await self._service.tokenize(call), headers=_ignored(call.ignored))
+
+    async def detokenize(self, request: Request) -> Response:
+        """Turns ids into text."""
+        call: DetokenizeCall = await self._service.read(request.scope, request.receive, parse_detokenize)
+        return json_response(await self._service.detokenize(call), headers=_ignored(call.ignored))
+
+    async def livez(self, request: Request) -> Response:
+        """Says that the event loop turns."""
+        return json_response({"status": "ok"})
+
+    async def health(self, request: Request) -> Response:
+        """Says whether requests are taken and steps make progress; while loading, how far it is."""
+        status = self._service.status
+        if status.ready:
+            return json_response(
+                {"status": "ready", "running": status.running, "waiting": status.waiting, "last_step_age_s": status.last_step_age_s}
+            )
+        loading = status.state in ("loading", "compiling")
+        message = (status.detail or status.state) if loading else explain(status)
+        error = {"code": 503, "message": message, "type": "unavailable_error"}
+        body = {"error": error, "status": status.state, "running": status.running, "waiting": status.waiting}
+        return json_response(body | {"last_step_age_s": status.last_step_age_s}, 503, {"retry-after": "1"})
+
+    async def version(self, request: Request) -> Response:
+        """Says which version this is."""
+        return json_response({"version": self._service.version})
+
+    async def load(self, request: Request) -> Response:
+        """Counts the generation calls in flight."""
+        return json_response({"server_load": len(self._service.calls)})
+
+    async def metrics(self, request: Request) -> Response:
+        """Shows the engine's counters."""
+        body, content_type = self._metrics.render(request.headers.get("accept", ""))
+        return Response(body, headers={"content-type": content_type})
+
+    async def openapi(self, request: Request) -> Response:
+        """Describes this API."""
+        config = self._service.config
+        return json_response(describe_api(version=self._service.version, needs_key=bool(config.api_key), root_path=config.root_path))
+
+
+class _Generate:
+    """A generation route, as an ASGI application: it sees the client go away, from the body to the last event."""
+
+    def __init__(self, service: Service, parse: Callable[[dict[str, Any]], GenerationCall]) -> None:
+        self._service = service
+        self._parse = parse
+
+    def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
+        return self._service.generate(self._parse, scope, receive, send)
+
+
+def _version() -> str:
+    try:
+        return importlib.metadata.version("jaxpaged")
+    except importlib.metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _ignored(names: Sequence[str]) -> dict[str, str]:
+    return {"x-jaxpaged-ignored-fields": shown_names(names)} if names else {}
+
+
+async def _answer_problem(request: Request, error: Exception) -> Response:
+    problem = describe(error, request.scope["state"]["request_id"])
+    headers = dict(problem.headers)
+    if isinstance(error, RequestError) and problem.status in (408, 413):
+        headers["connection"] = "close"
+    return json_response(problem.body(), problem.status, headers)
+
+
+async def _answer_http(request: Request, error: Exception) -> Response:
+    """Answers what the router refuses."""
+    status = error.status_code if isinstance(error, HTTPException) else 500
+    headers = dict(getattr(error, "headers", None) or {})
+    if status == 405:
+        return json_response(
+            Problem(405, f"{request.url.path} takes {headers.get('Allow', 'another method')}", "method_not_allowed").body(), 405, headers
+        )
+    return json_response(Problem(status, "there is no such route", "not_found").body(), status, headers)

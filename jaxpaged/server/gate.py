@@ -1,0 +1,148 @@
+"""What every request passes before any route: a name of its own, limits, the host, the origin, the key.
+
+Plain ASGI, default-deny: whatever is not on the short list of open paths needs the key, whether a route exists or not. The
+path is the one the router uses (``scope["path"]``), never one rebuilt from headers.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import hmac
+import logging
+import re
+import traceback
+import uuid
+from collections.abc import Sequence
+from urllib.parse import urlsplit
+
+from starlette.datastructures import MutableHeaders
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from jaxpaged.server.answers import Problem, describe
+
+logger = logging.getLogger(__name__)
+
+OPEN_PATHS = frozenset({"/livez", "/readyz", "/health", "/ping"})
+"""Paths that need no key."""
+
+MAX_HEADERS = 100
+MAX_HEADER_BYTES = 16 * 1024
+MAX_URL_BYTES = 8 * 1024
+
+_HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}))(?::[0-9]{1,5})?")
+_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
+
+
+class Gate:
+    """Names each request, refuses the malformed ones, and turns what nobody caught into a constant 500.
+
+    Args:
+        app: The next ASGI application.
+        local_only: Whether the server listens on loopback without a key. Then a browser's page may call it only from a
+            loopback origin (or an allowed one): a page elsewhere could reach it through DNS rebinding.
+        allowed_origins: Origins that may call anyway.
+    """
+
+    def __init__(self, app: ASGIApp, *, local_only: bool, allowed_origins: Sequence[str] = ()) -> None:
+        self.app = app
+        self.local_only = local_only
+        self.allowed_origins = frozenset(allowed_origins)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http":
+            if scope["type"] == "lifespan":
+                await self.app(scope, receive, send)
+            return
+        request_id = uuid.uuid4().hex
+        scope.setdefault("state", {})["request_id"] = request_id
+        started = False
+
+        async def send_named(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                MutableHeaders(scope=message)["x-request-id"] = request_id
+            await send(message)
+
+        problem = _check_shape(scope) or self._check_origin(scope)
+        if problem is not None:
+            await problem.response()(scope, receive, send_named)
+            return
+        try:
+            await self.app(scope, receive, send_named)
+        except Exception as error:
+            log_fault(error, request_id)
+            if not started:
+                await describe(error, request_id).response()(scope, receive, send_named)
+
+    def _check_origin(self, scope: Scope) -> Problem | None:
+        origins = _values(scope, b"origin")
+        if not self.local_only or not origins or "*" in self.allowed_origins:
+            return None
+        origin = origins[0].decode("latin-1")
+        if len(origins) == 1 and (origin in self.allowed_origins or _host_of(origin) in _LOOPBACK_NAMES):
+            return None
+        return Problem(403, "this origin may not call the server; the operator can allow it with --allowed-origins", "origin_not_allowed")
+
+
+class RequireKey:
+    """Lets only requests with a valid bearer token through, except to ``OPEN_PATHS``.
+
+    Args:
+        app: The next ASGI application.
+        keys: Every key that is valid.
+    """
+
+    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+        self.app = app
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Handles one request."""
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(scope):
+            await self.app(scope, receive, send)
+            return
+        problem = Problem(
+            401, "a valid API key is needed: Authorization: Bearer <key>", "invalid_api_key", headers={"www-authenticate": "Bearer"}
+        )
+        await problem.response()(scope, receive, send)
+
+    def _allows(self, scope: Scope) -> bool:
+        values = _values(scope, b"authorization")
+        scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
+        digest = hashlib.sha256(token.strip()).digest()
+        # Every key is compared, so that the time says neither which one matched nor how far.
+        matches = [hmac.compare_digest(digest, known) for known in self._digests]
+        return scheme.lower() == b"bearer" and any(matches)
+
+
+def log_fault(error: BaseException, request_id: str) -> None:
+    """Logs where an unexpected exception was raised, without its text: that may quote a prompt."""
+    frames = " < ".join(f"{frame.name}:{frame.lineno}" for frame in reversed(traceback.extract_tb(error.__traceback__)[-6:]))
+    logger.error("request %s failed: %s at %s", request_id, type(error).__name__, frames)
+
+
+def _check_shape(scope: Scope) -> Problem | None:
+    headers = scope["headers"]
+    if len(headers) > MAX_HEADERS or sum(len(name) + len(value) + 4 for name, value in headers) > MAX_HEADER_BYTES:
+        return Problem(431, f"at most {MAX_HEADERS} headers of together {MAX_HEADER_BYTES} bytes", "headers_too_large")
+    if len(scope.get("raw_path") or b"") + len(scope["query_string"]) > MAX_URL_BYTES:
+        return Problem(414, f"at most {MAX_URL_BYTES} bytes of URL", "url_too_long")
+    hosts = _values(scope, b"host")
+    if len(hosts) != 1 and not (scope.get("http_version") == "1.0" and not hosts):
+        return Problem(400, "exactly one Host header is needed", "invalid_host")
+    if hosts and not _HOST.fullmatch(hosts[0]):
+        return Problem(400, "the Host header is not a host name or address", "invalid_host")
+    return None
+
+
+def _values(scope: Scope, name: bytes) -> list[bytes]:
+    return [value for key, value in scope["headers"] if key == name]
+
+
+def _host_of(origin: str) -> str | None:
+    try:
+        return urlsplit(origin).hostname
+    except ValueError:
+        return None

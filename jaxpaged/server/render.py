@@ -1,0 +1,269 @@
+"""From deltas to OpenAI's objects: whole answers as plain dicts, streamed chunks as msgspec structs (the hot path)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Sequence
+from typing import Any
+
+import msgspec
+
+from jaxpaged.engine.output import Delta, TokenText
+from jaxpaged.server.answers import encode
+
+
+class Usage(msgspec.Struct):
+    """Token counts; the prompt is counted once however many completions it got."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+    @classmethod
+    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
+        """Makes the counts and their sum."""
+        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+
+
+class _ChatDelta(msgspec.Struct, omit_defaults=True):
+    role: str | None = None
+    content: str | None = None
+
+
+class _ChatChoice(msgspec.Struct):
+    index: int
+    delta: _ChatDelta
+    logprobs: Any = None
+    finish_reason: str | None = None
+    stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
+    token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _TextChoice(msgspec.Struct):
+    index: int
+    text: str
+    logprobs: Any = None
+    finish_reason: str | None = None
+    stop_reason: int | str | msgspec.UnsetType | None = msgspec.UNSET
+    token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+class _Chunk(msgspec.Struct):
+    id: str
+    object: str
+    created: int
+    model: str
+    system_fingerprint: str
+    choices: list[Any]
+    usage: Usage | msgspec.UnsetType | None = msgspec.UNSET
+    prompt_token_ids: Sequence[int] | msgspec.UnsetType = msgspec.UNSET
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Label:
+    """What all chunks of an answer share."""
+
+    id: str
+    created: int
+    model: str
+    fingerprint: str
+
+
+@dataclasses.dataclass(kw_only=True)
+class Choice:
+    """One completion as it grows.
+
+    Attributes:
+        index: Its place in ``choices``.
+        prompt_token_ids: Of its prompt.
+        prompt_text: What ``echo`` repeats; empty otherwise.
+        prompt_first: Text of the prompt's first token, which has no log-probability.
+        offset: Characters sent so far, for ``text_offset``.
+        started: Whether its first chunk was sent.
+    """
+
+    index: int
+    prompt_token_ids: tuple[int, ...] = ()
+    prompt_text: str = ""
+    prompt_first: str = ""
+    text: list[str] = dataclasses.field(default_factory=list)
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    logprobs: list[TokenText] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenText] = dataclasses.field(default_factory=list)
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+    offset: int = 0
+    started: bool = False
+
+    def add(self, delta: Delta) -> None:
+        """Appends one delta, for an answer that is sent whole."""
+        self.text.append(delta.text)
+        self.token_ids.extend(delta.token_ids)
+        self.logprobs.extend(delta.logprobs)
+        self.prompt_logprobs.extend(delta.prompt_logprobs)
+        self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Renderer:
+    """Renders the answers to one call.
+
+    Attributes:
+        label: Id, time, model.
+        chat: Chat completions or completions.
+        want_logprobs, want_prompt_logprobs, want_token_ids: What the client asked to see.
+        want_usage: Whether a stream's other chunks carry ``usage: null``.
+        ids_as_tokens: Name tokens ``token_id:<id>``.
+    """
+
+    label: Label
+    chat: bool
+    want_logprobs: bool = False
+    want_prompt_logprobs: bool = False
+    want_token_ids: bool = False
+    want_usage: bool = False
+    ids_as_tokens: bool = False
+
+    # ------------------------------------------------------------------------------------------------ whole answers
+
+    def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
+        """Returns the body of an answer that is not streamed."""
+        body: dict[str, Any] = {
+            "id": self.label.id,
+            "object": "chat.completion" if self.chat else "text_completion",
+            "created": self.label.created,
+            "model": self.label.model,
+            "system_fingerprint": self.label.fingerprint,
+            "choices": [self._whole_choice(choice) for choice in choices],
+            "usage": usage,
+        }
+        if self.chat and self.want_prompt_logprobs:
+            body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
+        if self.chat and self.want_token_ids:
+            body["prompt_token_ids"] = choices[0].prompt_token_ids
+        return encode(body)
+
+    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+        text = "".join(choice.text)
+        body: dict[str, Any] = {"index": choice.index}
+        if self.chat:
+            body["message"] = {"role": "assistant", "content": text, "refusal": None}
+            body["logprobs"] = self._chat_logprobs(choice.logprobs) if self.want_logprobs else None
+        else:
+            body["text"] = choice.prompt_text + text
+            body["logprobs"] = self._whole_text_logprobs(choice) if self.want_logprobs else None
+            if self.want_prompt_logprobs:
+                body["prompt_logprobs"] = self._prompt_logprobs(choice.prompt_logprobs)
+            if self.want_token_ids:
+                body["prompt_token_ids"] = choice.prompt_token_ids
+        if self.want_token_ids:
+            body["token_ids"] = choice.token_ids
+        return body | {"finish_reason": choice.finish_reason, "stop_reason": choice.stop_reason}
+
+    # ------------------------------------------------------------------------------------------------ streamed chunks
+
+    def first(self, choice: Choice, usage: Usage | None) -> bytes:
+        """Returns the events that open one choice: the role of a chat, the echoed prompt of a completion; else nothing."""
+        if self.chat:
+            opening = _ChatChoice(choice.index, _ChatDelta(role="assistant", content=""))
+            return self._event(opening, usage, choice.prompt_token_ids if self.want_token_ids and choice.index == 0 else msgspec.UNSET)
+        if not choice.prompt_text and not self.want_token_ids:
+            return b""
+        logprobs = self._echo_logprobs(choice) if self.want_logprobs and choice.prompt_text else None
+        choice.offset += len(choice.prompt_text)
+        opening_text = _TextChoice(choice.index, choice.prompt_text, logprobs)
+        if self.want_token_ids:
+            opening_text.prompt_token_ids = choice.prompt_token_ids
+        return self._event(opening_text, usage)
+
+    def next(self, choice: Choice, delta: Delta, usage: Usage | None) -> bytes:
+        """Returns the events for one delta: its text, then its end; nothing while all of it is held back."""
+        events = b""
+        if delta.text or delta.logprobs or (self.want_token_ids and delta.token_ids):
+            events = self._event(self._piece(choice, delta), usage)
+        if delta.finish_reason is not None:
+            last: _ChatChoice | _TextChoice
+            last = _ChatChoice(choice.index, _ChatDelta()) if self.chat else _TextChoice(choice.index, "")
+            last.finish_reason, last.stop_reason = delta.finish_reason, delta.stop_reason
+            events += self._event(last, usage)
+        return events
+
+    def usage(self, usage: Usage) -> bytes:
+        """Returns the event with the counts and no choices, which ends a stream that asked for it."""
+        return b"data: " + encode(self._chunk([], usage)) + b"\n\n"
+
+    def _piece(self, choice: Choice, delta: Delta) -> _ChatChoice | _TextChoice:
+        piece: _ChatChoice | _TextChoice
+        if self.chat:
+            piece = _ChatChoice(choice.index, _ChatDelta(content=delta.text))
+            if self.want_logprobs and delta.logprobs:
+                piece.logprobs = self._chat_logprobs(delta.logprobs)
+        else:
+            piece = _TextChoice(choice.index, delta.text)
+            if self.want_logprobs and delta.logprobs:
+                piece.logprobs = self._text_logprobs(delta.logprobs, choice.offset)
+                choice.offset += sum(len(token.text) for token in delta.logprobs)
+        if self.want_token_ids:
+            piece.token_ids = delta.token_ids
+        return piece
+
+    def _event(self, choice: _ChatChoice | _TextChoice, usage: Usage | None, prompt_token_ids: Any = msgspec.UNSET) -> bytes:
+        chunk = self._chunk([choice], usage if usage is not None else None if self.want_usage else msgspec.UNSET)
+        chunk.prompt_token_ids = prompt_token_ids
+        return b"data: " + encode(chunk) + b"\n\n"
+
+    def _chunk(self, choices: list[Any], usage: Usage | msgspec.UnsetType | None) -> _Chunk:
+        kind = "chat.completion.chunk" if self.chat else "text_completion"
+        return _Chunk(self.label.id, kind, self.label.created, self.label.model, self.label.fingerprint, choices, usage)
+
+    # ------------------------------------------------------------------------------------------------ log-probabilities
+
+    def _name(self, token: TokenText) -> str:
+        return f"token_id:{token.token_id}" if self.ids_as_tokens else token.text
+
+    def _chat_logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any]:
+        return {"content": [self._chat_token(token) | {"top_logprobs": [self._chat_token(top) for top in token.top]} for token in tokens]}
+
+    def _chat_token(self, token: TokenText) -> dict[str, Any]:
+        return {"token": self._name(token), "logprob": token.logprob, "bytes": list(token.bytes)}
+
+    def _text_logprobs(self, tokens: Iterable[TokenText], offset: int) -> dict[str, list[Any]]:
+        """Returns the four parallel lists of the completions API; each ``top_logprobs`` holds the token itself too."""
+        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+        for token in tokens:
+            top: dict[str, float] = {}
+            for candidate in (*token.top, token):
+                top.setdefault(self._name(candidate), candidate.logprob)
+            lists["tokens"].append(self._name(token))
+            lists["token_logprobs"].append(token.logprob)
+            lists["top_logprobs"].append(top)
+            lists["text_offset"].append(offset)
+            offset += len(token.text)
+        return lists
+
+    def _echo_logprobs(self, choice: Choice) -> dict[str, list[Any]]:
+        """The lists for an echoed prompt; its first token has no probability, since nothing stands before it."""
+        lists = self._text_logprobs(choice.prompt_logprobs, len(choice.prompt_first))
+        first = f"token_id:{choice.prompt_token_ids[0]}" if self.ids_as_tokens else choice.prompt_first
+        for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None), ("text_offset", 0)):
+            lists[name].insert(0, value)
+        return lists
+
+    def _whole_text_logprobs(self, choice: Choice) -> dict[str, list[Any]]:
+        lists = self._text_logprobs(choice.logprobs, len(choice.prompt_text))
+        if not choice.prompt_text:
+            return lists
+        echoed = self._echo_logprobs(choice)
+        return {name: echoed[name] + lists[name] for name in lists}
+
+    def _prompt_logprobs(self, tokens: Iterable[TokenText]) -> list[dict[str, Any] | None]:
+        """VLLM's form: per position a map of token id to its log-probability, rank and text; null for the first."""
+        positions: list[dict[str, Any] | None] = [None]
+        for token in tokens:
+            entries = {}
+            for candidate in (token, *token.top):
+                entry = {"logprob": candidate.logprob, "rank": candidate.rank, "decoded_token": candidate.text}
+                entries.setdefault(str(candidate.token_id), entry)
+            positions.append(entries)
+        return positions

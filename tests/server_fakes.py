@@ -1,0 +1,193 @@
+"""A scripted engine for the server's tests: no scheduler, no device, but the real tokenizer, admission and output code."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import AsyncIterator, Callable
+
+import tokenizers
+import transformers
+
+from jaxpaged.config import ModelConfig
+from jaxpaged.engine.status import EngineInfo, EngineStatus
+from jaxpaged.engine.telemetry import EngineStats
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.errors import EngineStopped, QueueFull
+from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
+from jaxpaged.scheduling.request import FinishReason, Request
+
+SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+TEMPLATE = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+VOCAB = 264  # a few ids more than the tokenizer knows, as padded vocabularies have
+
+
+def byte_tokenizer() -> Tokenizer:
+    """One token per byte, and three special tokens."""
+    alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    backend.decoder = tokenizers.decoders.ByteLevel()
+    backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL])
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[2], chat_template=TEMPLATE)
+    return Tokenizer(hf)
+
+
+def model_config() -> ModelConfig:
+    return ModelConfig(
+        architecture="LlamaForCausalLM",
+        vocab_size=VOCAB,
+        hidden_size=8,
+        intermediate_size=8,
+        num_layers=1,
+        num_heads=1,
+        num_kv_heads=1,
+        head_dim=8,
+        max_position_embeddings=2048,
+    )
+
+
+class FakeStream(AsyncIterator[TokenEvent]):
+    """Plays one request: its own prompt back, token by token, each sample in turn."""
+
+    def __init__(self, engine: FakeAsyncEngine, request: Request) -> None:
+        self._engine = engine
+        self.request = request
+        self._events = engine.script(request)
+        self._pending: dict[int, bool] = dict.fromkeys(range(request.params.n), True)
+
+    async def accepted(self) -> None:
+        await asyncio.sleep(0)
+
+    async def __anext__(self) -> TokenEvent:
+        await self._engine.beat()
+        while True:
+            if self._engine.state == "stopped":
+                raise EngineStopped("the engine is stopped")
+            if not any(self._pending.values()):
+                self.close()
+                raise StopAsyncIteration
+            event = next(self._events)
+            if not self._pending[event.index]:
+                continue
+            self._engine.emitted += 1
+            if event.finish_reason is not None:
+                self._pending[event.index] = False
+            return event
+
+    def close(self) -> None:
+        self._engine.running.pop(self.request.id, None)
+
+    def abort(self, index: int | None) -> None:
+        for i in self._pending if index is None else (index,):
+            self._pending[i] = False
+
+
+class FakeAsyncEngine:
+    """What the server needs of ``AsyncEngine``.
+
+    Attributes:
+        state, detail, stalled_s: Set by tests; shown by ``status``.
+        max_calls: Requests that may be in flight; beyond them QueueFull.
+        step_s: Seconds between two events of a stream; ``gate`` cleared makes all streams wait.
+        running: Requests in flight, by id.
+        fail_at: Output position at which a request ends with an error, and its code.
+    """
+
+    def __init__(self, *, max_model_len: int = 512, max_calls: int = 64, step_s: float = 0.0) -> None:
+        self.state = "ready"
+        self.detail = ""
+        self.stalled_s = 0.0
+        self.max_calls = max_calls
+        self.step_s = step_s
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.running: dict[str, FakeStream] = {}
+        self.submitted: list[Request] = []
+        self.emitted = 0
+        self.fail_at: tuple[int, str] | None = None
+        self.reply: Callable[[Request], tuple[int, ...]] = lambda request: request.prompt
+        self.info: EngineInfo | None = EngineInfo(
+            model_name="echo",
+            model_config=model_config(),
+            tokenizer=_TOKENIZER,
+            max_model_len=max_model_len,
+            max_request_tokens=max_model_len,
+            num_pages=65,
+            page_size=16,
+            max_num_seqs=64,
+            max_num_batched_tokens=256,
+            max_waiting=64,
+            token_buckets=(1, 2, 4),
+            eos_token_ids=(_TOKENIZER.eos_token_id,),
+        )
+
+    @property
+    def status(self) -> EngineStatus:
+        return EngineStatus(self.state, self.detail, len(self.running), 0, self.stalled_s)
+
+    async def beat(self) -> None:
+        await self.gate.wait()
+        await asyncio.sleep(self.step_s)
+
+    def submit(self, request: Request) -> FakeStream:
+        if self.state != "ready":
+            raise EngineStopped("not ready")
+        if len(self.running) >= self.max_calls:
+            raise QueueFull("the queue is full", retry_after_s=7)
+        self.submitted.append(request)
+        self.running[request.id] = FakeStream(self, request)
+        return self.running[request.id]
+
+    def abort(self, request_id: str, index: int | None = None) -> None:
+        if request_id in self.running:
+            self.running[request_id].abort(index)
+
+    async def drain(self, timeout_s: float) -> None:
+        self.state = "draining"
+
+    def stop(self) -> None:
+        self.state = "stopped"
+        self.gate.set()
+
+    def stats(self) -> EngineStats:
+        return EngineStats(running=len(self.running), num_pages=65, page_size=16)
+
+    def script(self, request: Request):
+        """Yields the reply's tokens in turn for each sample, then the end of each."""
+        params = request.params
+        reply = self.reply(request)[: request.params.max_tokens]
+        prompt_logprobs = (
+            tuple(_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]) if params.prompt_logprobs is not None else ()
+        )
+        for position in itertools.count():
+            for index in range(params.n):
+                before = prompt_logprobs if position == 0 else ()
+                if self.fail_at is not None and position == self.fail_at[0]:
+                    reason, code = FinishReason.ERROR, self.fail_at[1]
+                    yield TokenEvent(request.id, index, finish_reason=reason, error="secret text of the fault", error_code=code)
+                    continue
+                if position >= len(reply):
+                    yield TokenEvent(request.id, index, prompt_logprobs=before, finish_reason=FinishReason.STOP)
+                    continue
+                token = reply[position]
+                logprobs = (_logprob(token, params.logprobs),) if params.logprobs is not None else ()
+                stopped = token in request.stop_token_ids and position >= params.min_tokens
+                last = FinishReason.STOP if stopped else FinishReason.LENGTH if position + 1 == params.max_tokens else None
+                own = token if stopped and token in (params.stop_token_ids or ()) else None
+                yield TokenEvent(request.id, index, (token,), logprobs, before, finish_reason=last, stop_reason=own)
+
+
+def _logprob(token: int, top: int | None) -> TokenLogprobs:
+    return TokenLogprobs(token, -0.5, 1, tuple(((token + i) % 256, -0.5 - i) for i in range(top or 0)))
+
+
+_TOKENIZER = byte_tokenizer()
+
+
+def replace_info(engine: FakeAsyncEngine, **changes) -> None:
+    engine.info = dataclasses.replace(engine.info, **changes)
