@@ -130,6 +130,14 @@ class FakeAsyncEngine:
     def status(self) -> EngineStatus:
         return EngineStatus(self.state, self.detail, len(self.running), 0, self.stalled_s)
 
+    def start(self, loop: asyncio.AbstractEventLoop) -> None:
+        pass
+
+    async def wait_ready(self) -> EngineInfo:
+        while self.state in ("loading", "compiling"):
+            await asyncio.sleep(0.01)
+        return self.info
+
     async def beat(self) -> None:
         await self.gate.wait()
         await asyncio.sleep(self.step_s)

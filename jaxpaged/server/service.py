@@ -121,6 +121,10 @@ class Service:
             return parse(parse_json_object(raw))
         return await self.in_thread(lambda: parse(parse_json_object(raw)))
 
+    def close(self) -> None:
+        """Gives up the threads; what they still do is of no use to anybody."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
     async def in_thread(self, work: Callable[[], _T]) -> _T:
         """Runs something that would keep the event loop busy."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
