@@ -29,6 +29,7 @@ from jaxpaged.step import forward_step
 logger = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+_CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
 _COMPILE_THREADS = 2
 """Programs compiled at once: XLA compiles outside Python's lock, so one is traced while another compiles."""
 
@@ -104,6 +105,7 @@ class Runner:
 
     Attributes:
         compilations_after_ready: Programs compiled inside ``dispatch`` since ``warm_up`` ended; 0 if the buckets are right.
+        cache_hits: Programs that warm-up found in the compile cache.
         compile_s: Seconds spent on tracing and compiling programs, waiting included.
     """
 
@@ -128,6 +130,7 @@ class Runner:
         self.token_buckets = tuple(token_buckets)
         self.compilations_after_ready = 0
         self.compile_s = 0.0
+        self.cache_hits = 0
         self._kv_dtype = kv_dtype
         leaves, structure = jax.tree.flatten(params)
         self._leaves = tuple(leaves)  # a tuple of arrays is the cheapest argument to dispatch
@@ -135,10 +138,12 @@ class Runner:
         self._programs: dict[int, Any] = {}
         self._ready = False
         self._dispatching = False
+        self._warming = False
         self._pool: PagePool | None = None
         self._sampling: SamplingState | None = None
         self._make_state()
-        jax.monitoring.register_event_duration_secs_listener(self._on_event)
+        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
+        jax.monitoring.register_event_listener(self._on_event)
 
     @property
     def vocab_size(self) -> int:
@@ -188,6 +193,7 @@ class Runner:
         """
         started, buckets = time.monotonic(), [t for t in self.token_buckets if t not in self._programs]
         progress(0, len(buckets))
+        self._warming = True
         with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as threads:
             compiling = {threads.submit(self._compile, bucket): bucket for bucket in reversed(buckets)}
             try:
@@ -197,6 +203,7 @@ class Runner:
             except BaseException:
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
+        self._warming = False
         self.compile_s += time.monotonic() - started
         for bucket in self.token_buckets:
             self._run(self._padding(bucket)).tokens.block_until_ready()
@@ -217,7 +224,8 @@ class Runner:
     def close(self) -> None:
         """Frees the device's memory; the runner is of no use afterwards."""
         with contextlib.suppress(ValueError, AssertionError):
-            jax.monitoring.unregister_event_duration_listener(self._on_event)
+            jax.monitoring.unregister_event_duration_listener(self._on_duration)
+            jax.monitoring.unregister_event_listener(self._on_event)
         self._pool = self._sampling = None
         self._leaves = ()
         self._programs.clear()
@@ -261,7 +269,10 @@ class Runner:
     def _set_slot(self, slot: int, bias: np.ndarray, flags: np.ndarray) -> None:
         self._sampling = set_slot(self._sampling, np.int32(slot), bias, flags)
 
-    def _on_event(self, event: str, duration: float, **_: object) -> None:
+    def _on_event(self, event: str, **_: object) -> None:
+        self.cache_hits += event == _CACHE_HIT_EVENT and self._warming
+
+    def _on_duration(self, event: str, duration: float, **_: object) -> None:
         if event == _COMPILE_EVENT and self._ready and self._dispatching:
             self.compilations_after_ready += 1
             self.compile_s += duration

@@ -1,0 +1,267 @@
+"""From an ``EngineConfig`` to an engine that is ready: weights, tokenizer, pool, programs; says what it does in a few lines."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.metadata
+import platform
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine.compile_cache import enable_compile_cache
+from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.hub import model_directory
+from jaxpaged.engine.loading import load_model
+from jaxpaged.engine.memory import MemoryPlan, device_budget, plan_memory
+from jaxpaged.engine.progress import Progress, Quiet, gib
+from jaxpaged.engine.runner import Runner
+from jaxpaged.engine.status import EngineInfo
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.engine.weights import read_json
+from jaxpaged.errors import ConfigError, RequestError
+from jaxpaged.models.model import Model, Params
+from jaxpaged.scheduling.buckets import token_buckets
+from jaxpaged.scheduling.fields import SAMPLING_FIELDS
+from jaxpaged.scheduling.scheduler import Scheduler
+
+_DEFAULT_SEQS = {"cpu": 64}
+_DEFAULT_TOKENS = {"cpu": 256}
+_GENERATION_FIELDS = {
+    "temperature": "temperature",
+    "top_p": "top_p",
+    "top_k": "top_k",
+    "min_p": "min_p",
+    "repetition_penalty": "repetition_penalty",
+    "max_new_tokens": "max_tokens",
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedEngine:
+    """An engine that is ready.
+
+    Attributes:
+        engine: Takes requests.
+        info: What is fixed about it.
+        close: Frees the device's memory.
+    """
+
+    engine: Engine
+    info: EngineInfo
+    close: Callable[[], None] = lambda: None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Sizes:
+    """Sizes of a step, resolved for the platform."""
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    token_buckets: tuple[int, ...]
+
+
+def load_engine(config: EngineConfig, progress: Progress | None = None) -> LoadedEngine:
+    """Loads everything, compiles everything, and runs each program once.
+
+    Args:
+        config: What to load.
+        progress: Told of each stage; it may raise to end the loading.
+
+    Raises:
+        ConfigError: Something does not fit: the model, its files, the memory, an option.
+    """
+    started, progress = time.monotonic(), progress or Quiet()
+    cache_dir = enable_compile_cache(config.compilation_cache_dir)
+    device = jax.devices()[0]
+    progress.say(_headline(device))
+
+    directory = model_directory(config.model, config.revision, weights=config.load_format != "dummy")
+    model, params = _load_weights(config, directory, progress)
+    tokenizer_dir = model_directory(config.tokenizer, weights=False) if config.tokenizer else directory
+    tokenizer = Tokenizer.load(tokenizer_dir, chat_template=config.chat_template)
+    sizes = _resolve_sizes(config, device.platform)
+    plan = _plan_pool(config, model, params, sizes, device)
+    runner = _make_runner(config, model, params, sizes, plan)
+    progress.say(_describe_pool(config, plan))
+    if config.warmup:
+        _warm_up(runner, cache_dir, progress)
+
+    scheduler = Scheduler(
+        num_pages=plan.num_pages,
+        page_size=config.cache.page_size,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_model_len=plan.max_model_len,
+        token_buckets=sizes.token_buckets,
+        long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
+        max_waiting=config.scheduler.max_waiting,
+    )
+    engine = Engine(scheduler, runner, async_depth=config.scheduler.async_depth)
+    eos, defaults = _generation_defaults(config, directory, tokenizer, progress)
+    info = EngineInfo(
+        model_name=Path(config.model).name if Path(config.model).is_dir() else config.model,
+        model_config=model.config,
+        tokenizer=tokenizer,
+        max_model_len=plan.max_model_len,
+        max_request_tokens=scheduler.max_request_tokens,
+        num_pages=plan.num_pages,
+        page_size=config.cache.page_size,
+        max_num_seqs=sizes.max_num_seqs,
+        max_num_batched_tokens=sizes.max_num_batched_tokens,
+        max_waiting=config.scheduler.max_waiting,
+        token_buckets=sizes.token_buckets,
+        eos_token_ids=eos,
+        default_sampling=defaults,
+        max_logprobs=config.max_logprobs,
+        seed=config.seed,
+        platform=device.platform,
+        device_kind=device.device_kind,
+        dtype=model.config.dtype,
+        kv_dtype=_kv_dtype(config, model),
+        weight_bytes=sum(array.nbytes for array in params.values()),
+        pool_bytes=plan.num_bytes,
+        load_s=time.monotonic() - started,
+    )
+    return LoadedEngine(engine, info, runner.close)
+
+
+def _headline(device: jax.Device) -> str:
+    stats = device.memory_stats() or {}
+    memory = f" ({gib(stats['bytes_limit'])})" if "bytes_limit" in stats else ""
+    kind = "cpu" if device.platform == "cpu" else f"{device.platform}:{device.device_kind}"
+    version = importlib.metadata.version("jaxpaged")
+    return f"jaxpaged {version} · jax {jax.__version__} · {kind} ×{jax.device_count()}{memory} · python {platform.python_version()}"
+
+
+def _load_weights(config: EngineConfig, directory: Path, progress: Progress) -> tuple[Model, Params]:
+    started, began = time.monotonic(), False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal began
+        if not began:
+            progress.begin("weights", total, "bytes")
+            began = True
+        progress.advance(done)
+
+    model, params = load_model(
+        directory,
+        dtype=config.dtype,
+        load_format=config.load_format,
+        hf_overrides=config.hf_overrides,
+        progress=advance,
+        seed=config.seed,
+    )
+    if not began:
+        progress.begin("weights", 1, "files")
+    count, size = sum(array.size for array in params.values()), sum(array.nbytes for array in params.values())
+    millions = f"{count / 1e9:.2f} B" if count >= 1e9 else f"{count / 1e6:.1f} M"
+    made = " random" if config.load_format == "dummy" else ""
+    progress.end(f"{model.config.architecture} {millions}{made} {model.config.dtype}  {gib(size)}  {time.monotonic() - started:.1f} s")
+    return model, params
+
+
+def _resolve_sizes(config: EngineConfig, platform_name: str) -> _Sizes:
+    asked = config.scheduler
+    tokens = asked.max_num_batched_tokens or _DEFAULT_TOKENS.get(platform_name, 2048)
+    seqs = asked.max_num_seqs or min(tokens, _DEFAULT_SEQS.get(platform_name, 256))
+    if asked.max_num_batched_tokens is None:
+        tokens = max(tokens, seqs)
+    return _Sizes(seqs, tokens, token_buckets(tokens, seqs, asked.token_buckets))
+
+
+def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Sizes, device: jax.Device) -> MemoryPlan:
+    longest = model.config.max_position_embeddings
+    max_model_len = config.max_model_len or longest
+    if max_model_len > longest:
+        raise ConfigError(f"max_model_len {max_model_len} is more than the model's max_position_embeddings, {longest}")
+    page_bytes = config.cache.page_size * model.config.kv_bytes_per_token(jnp.dtype(_kv_dtype(config, model)).itemsize)
+    temp = 0
+    if device.platform != "cpu" and config.cache.num_pages is None and config.cache.kv_cache_memory_bytes is None:
+        probe = _make_runner(config, model, params, sizes, MemoryPlan(2, page_bytes, max_model_len, ""))
+        temp = probe.temp_bytes(sizes.token_buckets[-1])
+        probe.close()
+    budget = device_budget(config.cache, device, step_temp_bytes=temp)
+    return plan_memory(
+        config.cache,
+        budget,
+        page_bytes=page_bytes,
+        max_model_len=max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        may_shorten=config.max_model_len is None,
+        keep_small=device.platform == "cpu" and config.cache.kv_cache_memory_bytes is None,
+    )
+
+
+def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Sizes, plan: MemoryPlan) -> Runner:
+    return Runner(
+        model,
+        params,
+        num_pages=plan.num_pages,
+        page_size=config.cache.page_size,
+        max_model_len=plan.max_model_len,
+        max_num_seqs=sizes.max_num_seqs,
+        token_buckets=sizes.token_buckets,
+        kv_dtype=_kv_dtype(config, model),
+        attention=config.attention_backend,
+    )
+
+
+def _kv_dtype(config: EngineConfig, model: Model) -> str:
+    return model.config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+
+
+def _describe_pool(config: EngineConfig, plan: MemoryPlan) -> str:
+    size, tokens = config.cache.page_size, (plan.num_pages - 1) * config.cache.page_size
+    return (
+        f"{'kv pages':9} {plan.num_pages:,} pages × {size} tokens × {plan.page_bytes // size:,} B/token = {gib(plan.num_bytes)} ({plan.why})\n"
+        f"{'':9} = {tokens:,} tokens → {tokens / plan.max_model_len:.1f} full-length requests of {plan.max_model_len:,}"
+    )
+
+
+def _warm_up(runner: Runner, cache_dir: Path | None, progress: Progress) -> None:
+    started, began = time.monotonic(), False
+
+    def advance(done: int, total: int) -> None:
+        nonlocal began
+        if not began:
+            progress.begin("compile", total, "programs")
+            began = True
+        progress.advance(done)
+
+    runner.warm_up(advance)
+    buckets = runner.token_buckets
+    where = f"cache: {runner.cache_hits} hit, {len(buckets) - runner.cache_hits} new  dir {cache_dir}" if cache_dir else "no cache"
+    progress.end(f"{len(buckets)} programs [{buckets[0]}…{buckets[-1]} tokens]  {time.monotonic() - started:.1f} s  {where}")
+
+
+def _generation_defaults(
+    config: EngineConfig, directory: Path, tokenizer: Tokenizer, progress: Progress
+) -> tuple[tuple[int, ...], Mapping[str, Any]]:
+    """Returns the ids that end a sequence, and the sampling values that requests need not give."""
+    path = directory / "generation_config.json"
+    generation = read_json(path) if path.is_file() else {}
+    eos: list[int] = []
+    for source in (generation.get("eos_token_id"), read_json(directory / "config.json").get("eos_token_id"), tokenizer.eos_token_id):
+        eos += [i for i in (source if isinstance(source, list) else [source]) if isinstance(i, int) and i >= 0 and i not in eos]
+    if config.generation_config == "vllm":
+        return tuple(eos), {}
+    fields = {field.name: field for field in SAMPLING_FIELDS}
+    defaults = {}
+    for theirs, ours in _GENERATION_FIELDS.items():
+        value = generation.get(theirs)
+        try:
+            fields[ours].check(value)
+        except RequestError as error:
+            progress.say(f"{path.name}: ignored, {error}")
+            continue
+        if value is not None:
+            defaults[ours] = value
+    if defaults:
+        progress.say(f"{'sampling':9} defaults from generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
+    return tuple(eos), defaults
