@@ -68,9 +68,21 @@ def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: SamplingState
         Tokens, -1 for rows that do not sample and for rows whose logits hold NaN or +inf or leave no token to choose; and
         the state after the step.
     """
-    tokens = _choose(_adjusted(logits, inputs, state), inputs)
-    samples = has_flag(inputs.flags, RowFlag.SAMPLES)
-    tokens = jnp.where(samples, tokens, -1)
+    random = has_flag(inputs.flags, RowFlag.RANDOM)
+    adjusted = has_flag(inputs.flags, RowFlag.BIAS | RowFlag.PENALTIES | RowFlag.SUPPRESS_STOP)
+    likeliest = _likeliest(logits)
+
+    def choose() -> Array:
+        # Neither branch hands the logits through: XLA would copy them first, in every step.
+        x = lax.cond(
+            jnp.any(adjusted),
+            lambda: jnp.where(likeliest.valid[:, None], _adjust(logits, inputs, state), -jnp.inf),
+            lambda: jnp.where(likeliest.valid[:, None], logits, -jnp.inf),
+        )
+        return _choose(x, random, inputs)
+
+    tokens = lax.cond(jnp.any(random | adjusted), choose, lambda: jnp.where(likeliest.valid, likeliest.ids, -1))
+    tokens = jnp.where(has_flag(inputs.flags, RowFlag.SAMPLES), tokens, -1)
     return tokens, _remember(state, tokens, inputs)
 
 
@@ -85,30 +97,15 @@ def _remember(state: SamplingState, tokens: Int[Array, " S"], inputs: StepInputs
     )
 
 
-def _adjusted(logits: Float[Array, "S V"], inputs: StepInputs, state: SamplingState) -> Float[Array, "S V"]:
-    """Bias and masks, suppressed stop ids, penalties. Adds -inf rather than selecting it, so that NaN stays visible."""
-    biased = has_flag(inputs.flags, RowFlag.BIAS)
-    flagged = has_flag(inputs.flags, RowFlag.PENALTIES | RowFlag.SUPPRESS_STOP)
+def _adjust(x: Float[Array, "S V"], inputs: StepInputs, state: SamplingState) -> Float[Array, "S V"]:
+    """Bias and masks, suppressed stop ids, penalties, for the rows whose flags ask for them."""
+    biased, suppressed, penalised = (
+        has_flag(inputs.flags, flag)[:, None] for flag in (RowFlag.BIAS, RowFlag.SUPPRESS_STOP, RowFlag.PENALTIES)
+    )
+    x = x + jnp.where(biased, jnp.take(state.logit_bias, inputs.slots, axis=0, mode="clip"), 0.0)
+    rows = jnp.take(state.token_flags, inputs.slots, axis=0, mode="clip")
+    x = jnp.where(suppressed & ((rows & int(TokenFlag.STOPS)) != 0), -jnp.inf, x)
 
-    def add_bias(x: Array) -> Array:
-        rows = jnp.take(state.logit_bias, inputs.slots, axis=0, mode="clip")
-        return x + jnp.where(biased[:, None], rows, 0.0)
-
-    def apply_flags(x: Array) -> Array:
-        return _apply_flags(x, jnp.take(state.token_flags, inputs.slots, axis=0, mode="clip"), inputs)
-
-    def adjust(x: Array) -> Array:
-        x = lax.cond(jnp.any(biased), add_bias, lambda x: x, x)
-        return lax.cond(jnp.any(flagged), apply_flags, lambda x: x, x)
-
-    return lax.cond(jnp.any(biased | flagged), adjust, lambda x: x, logits)
-
-
-def _apply_flags(x: Float[Array, "S V"], rows: Int[Array, "S V"], inputs: StepInputs) -> Float[Array, "S V"]:
-    suppress = has_flag(inputs.flags, RowFlag.SUPPRESS_STOP)[:, None] & ((rows & int(TokenFlag.STOPS)) != 0)
-    x = x + jnp.where(suppress, -jnp.inf, 0.0)
-
-    penalised = has_flag(inputs.flags, RowFlag.PENALTIES)[:, None]
     count = (rows >> 2).astype(jnp.float32)
     seen = (rows & ~int(TokenFlag.STOPS)) != 0
     factor = jnp.maximum(inputs.repetition_penalty, _FLOAT_TINY)[:, None]  # a subnormal factor may be flushed to 0
@@ -118,41 +115,60 @@ def _apply_flags(x: Float[Array, "S V"], rows: Int[Array, "S V"], inputs: StepIn
     return jnp.where(penalised, y, x)
 
 
-def _choose(x: Float[Array, "S V"], inputs: StepInputs) -> Int[Array, " S"]:
-    """Returns the most likely or a drawn token of each row, -1 where the largest logit is not finite."""
-    vocab = x.shape[-1]
+class _Likeliest(NamedTuple):
+    """The first of the most likely tokens of each row, found through maxima of blocks of 64 tokens.
+
+    Attributes:
+        maxima: float32 [S, V / 64], NaN where a block holds any.
+        value: float32 [S], the largest logit.
+        valid: bool [S], whether it is finite: no NaN, no +inf, not all -inf.
+        ids: int32 [S].
+    """
+
+    maxima: Float[Array, "S B"]
+    value: Float[Array, " S"]
+    valid: Bool[Array, " S"]
+    ids: Int[Array, " S"]
+
+
+def _likeliest(x: Float[Array, "S V"]) -> _Likeliest:
+    blocks = _in_blocks(x)
+    maxima = jnp.max(blocks, axis=-1)
+    value = jnp.max(maxima, axis=-1)
+    block = jnp.argmax(maxima, axis=-1)  # much faster on a CPU than an argmax over all
+    index = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
+    return _Likeliest(maxima, value, jnp.isfinite(value), (block * _BLOCK + index).astype(jnp.int32))
+
+
+def _in_blocks(x: Float[Array, "S V"]) -> Float[Array, "S B 64"]:
+    """Cuts rows into blocks, the last filled up with -inf."""
+    rows, vocab = x.shape
     if vocab % _BLOCK:
         x = jnp.pad(x, ((0, 0), (0, -vocab % _BLOCK)), constant_values=-jnp.inf)
-    blocks = x.reshape(x.shape[0], -1, _BLOCK)
-    largest = jnp.max(blocks, axis=-1)  # [S, V / 64]; NaN where a block holds any
-    top = jnp.max(largest, axis=-1)
-    valid = jnp.isfinite(top)
-    # The first largest token is in the first block whose maximum is largest: much faster on a CPU than one argmax.
-    block = jnp.argmax(largest, axis=-1)
-    index = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    greedy = (block * _BLOCK + index).astype(jnp.int32)
-    random = has_flag(inputs.flags, RowFlag.RANDOM) & valid
-
-    def draw(greedy: Array) -> Array:
-        return jnp.where(random, _draw(x, largest, top, random, inputs), greedy)
-
-    return jnp.where(valid, lax.cond(jnp.any(random), draw, lambda greedy: greedy, greedy), -1)
+    return x.reshape(rows, -1, _BLOCK)
 
 
-def _draw(
-    x: Float[Array, "S V"], largest: Float[Array, "S B"], top: Float[Array, " S"], active: Bool[Array, " S"], inputs: StepInputs
-) -> Int[Array, " S"]:
+def _choose(x: Float[Array, "S V"], random: Bool[Array, " S"], inputs: StepInputs) -> Int[Array, " S"]:
+    """Returns the most likely or a drawn token of each row, -1 where the largest logit is not finite."""
+    likeliest = _likeliest(x)
+    random = random & likeliest.valid
+    drawn = lax.cond(jnp.any(random), lambda: _draw(x, likeliest, random, inputs), lambda: likeliest.ids)
+    return jnp.where(likeliest.valid, jnp.where(random, drawn, likeliest.ids), -1)
+
+
+def _draw(x: Float[Array, "S V"], likeliest: _Likeliest, active: Bool[Array, " S"], inputs: StepInputs) -> Int[Array, " S"]:
     """Temperature, min_p, top_k, top_p, and one draw; rows that are not active give any id."""
+    x = _in_blocks(x).reshape(x.shape[0], -1)
     limb_bits = _limb_bits(x.shape[-1])
     temperature = jnp.where(active, inputs.temperature, 1.0)
-    weights = jnp.exp((x - top[:, None]) / temperature[:, None])  # 1 for the most likely token
+    weights = jnp.exp((x - likeliest.value[:, None]) / temperature[:, None])  # 1 for the most likely token
     weights = jnp.where(weights >= inputs.min_p[:, None], weights, 0.0)
     units = jnp.where(active[:, None], jnp.round(weights * float(4**limb_bits)), 0.0).astype(jnp.int32)
 
     top_k = jnp.where(active & (inputs.top_k < x.shape[-1]), jnp.maximum(inputs.top_k, 0), 0)
     top_p = jnp.where(active, inputs.top_p, 1.0)
     restricted = jnp.any((top_k > 0) | (top_p < 1.0))
-    units = lax.cond(restricted, lambda units: _restrict(x, units, largest, top_k, top_p, limb_bits), lambda units: units, units)
+    units = lax.cond(restricted, lambda units: _restrict(x, units, likeliest.maxima, top_k, top_p, limb_bits), lambda units: units, units)
     return _pick(units, _uniform_bits(inputs), limb_bits)
 
 
