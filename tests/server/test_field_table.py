@@ -1,0 +1,151 @@
+"""Every field of every endpoint, walked along its edges: the cases are made from the same table as the parser."""
+
+import math
+
+import pytest
+
+from jaxpaged.scheduling.fields import MAX_STOP_BYTES
+from jaxpaged.server.fields import ENDPOINTS, MAX_LABEL_BYTES
+
+BODIES = {
+    "/v1/chat/completions": {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
+    "/v1/completions": {"model": "echo", "prompt": "hi", "max_tokens": 2},
+    "/tokenize": {"prompt": "hi"},
+    "/detokenize": {"tokens": [1, 2]},
+}
+WRONG = {
+    "int": ["5", 1.0, 1.5, True, [], {}, "", [1], 2**63, -(2**63) - 1, 10**30],
+    "float": ["0.5", True, [], {}, "", 10**30],
+    "bool": ["true", 0, 1, "", [], {}, 1.0],
+    "string": [1, True, [], {}, ["x"], 1.5, "x" * (MAX_LABEL_BYTES + 1), "é" * (MAX_LABEL_BYTES // 2 + 1)],
+    "int_list": ["5", 5, True, {}, [1.0], ["5"], [True], [None], [[1]], [2**31], [-1]],
+    "string_list": [5, True, {}, [""], "", [5], [None], [["x"]], "x" * (MAX_STOP_BYTES + 1), ["x" * (MAX_STOP_BYTES + 1)]],
+    "bias_map": ["x", 5, [], [1], True, {"x": 1}, {"1.0": 1}, {"-1": 1}, {"01": 1}, {"": 1}, {"1": "x"}, {"1": True}, {"1": None}, {"9" * 11: 1}],
+}
+SPECIAL = {"model", "messages", "prompt", "stream_options", "tokens"}
+"""Fields with rules of their own; test_bad_input.py has their cases."""
+
+
+def beyond(spec):
+    """Values just outside of the bounds."""
+    step = 1 if spec.kind in ("int", "int_list") else 1e-6
+    values = []
+    if spec.low is not None:
+        values.append(spec.low if spec.low_open else spec.low - step)
+    if spec.high is not None:
+        values.append(spec.high + step)
+    if spec.kind == "bias_map":
+        return [{"1": value} for value in values] + [{str(i): 0 for i in range(spec.max_items + 1)}]
+    if spec.kind == "int_list":
+        return [[value] for value in values] + [[1] * (spec.max_items + 1)]
+    if spec.kind == "string_list":
+        return [["x"] * (spec.max_items + 1)]
+    return values
+
+
+def within(spec):
+    """Values on the bounds, and ordinary ones; small enough for the scripted engine's context."""
+    match spec.kind:
+        case "bool":
+            return [True, False]
+        case "string":
+            return ["", "x" * MAX_LABEL_BYTES]
+        case "string_list":
+            return ["x", ["x"], ["x"] * spec.max_items, "é" * (MAX_STOP_BYTES // 2), []]
+        case "int_list":
+            return [[0], [5, 6, 5]]
+        case "bias_map":
+            return [{}, {"0": spec.low, "5": spec.high, "6": 0.5}]
+    low, high = spec.low, min(spec.high, {"max_tokens": 9, "max_completion_tokens": 9, "min_tokens": 2}.get(spec.name, spec.high))
+    if spec.low_open:
+        low = math.nextafter(low, math.inf)
+    return [low, high] if spec.kind == "int" else [low, high, (low + high) / 2]
+
+
+def cases():
+    for path, fields in ENDPOINTS.items():
+        for field in fields:
+            if field.spec is None or field.name in SPECIAL:
+                continue
+            values = WRONG[field.spec.kind] if field.name != "seed" else ["5", 1.5, True]
+            for value in [*values, *beyond(field.spec)]:
+                yield pytest.param(path, field, value, id=f"{path}-{field.name}-{repr(value)[:30]}")
+
+
+@pytest.mark.parametrize(("path", "field", "value"), list(cases()))
+def test_a_bad_value_is_a_400_that_names_the_field(shared_client, path, field, value):
+    error = shared_client.refused(shared_client.post(path, BODIES[path] | {field.name: value}), 400, param=field.name)
+    assert field.name in error["message"]
+    assert error["type"] == "invalid_request_error"
+
+
+def good_cases():
+    for path, fields in ENDPOINTS.items():
+        for field in fields:
+            if field.spec is not None and field.name not in SPECIAL:
+                for value in [None, *within(field.spec)]:
+                    yield pytest.param(path, field, value, id=f"{path}-{field.name}-{repr(value)[:30]}")
+
+
+@pytest.mark.parametrize(("path", "field", "value"), list(good_cases()))
+def test_a_good_value_is_accepted(shared_client, path, field, value):
+    needs = {"top_logprobs": {"logprobs": True}, "min_tokens": {"max_tokens": 9}, "continue_final_message": _OPEN if value else _OPEN | {"add_generation_prompt": True}}
+    body = {k: v for k, v in BODIES[path].items() if k != "prompt" or field.name != "continue_final_message"}
+    answer = shared_client.post(path, body | needs.get(field.name, {}) | {field.name: value})
+    assert answer.status_code == 200, answer.text
+    assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+_OPEN = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "he"}], "add_generation_prompt": False}
+
+UNSUPPORTED = [(path, field) for path, fields in ENDPOINTS.items() for field in fields if field.status == "unsupported"]
+NO_EFFECT = [(path, field) for path, fields in ENDPOINTS.items() for field in fields if field.status == "no effect"]
+
+
+@pytest.mark.parametrize(("path", "field"), UNSUPPORTED, ids=lambda item: item if isinstance(item, str) else item.name)
+def test_an_unsupported_field_is_refused_unless_it_asks_for_what_happens_anyway(shared_client, path, field):
+    for value in ("x", 5, {"x": 1}, [{"type": "function"}], 0.5):
+        answer = shared_client.post(path, BODIES[path] | {field.name: value})
+        shared_client.refused(answer, 400, code="unsupported_parameter", param=field.name)
+    for value in (None, *field.neutral):
+        answer = shared_client.post(path, BODIES[path] | {field.name: value})
+        assert answer.status_code == 200, answer.text
+        assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize(("path", "field"), NO_EFFECT, ids=lambda item: item if isinstance(item, str) else item.name)
+def test_a_field_without_effect_changes_nothing(shared_client, path, field):
+    plain = _stable(shared_client.post(path, BODIES[path]))
+    values = ["x"] if field.spec else [{"a": "b"}, "x", True]
+    for value in values:
+        answer = shared_client.post(path, BODIES[path] | {field.name: value})
+        assert _stable(answer) == plain
+        assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+def _stable(answer):
+    assert answer.status_code == 200, answer.text
+    return {key: value for key, value in answer.json().items() if key not in ("id", "created")}
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_a_required_field_is_named_when_it_is_missing(shared_client, path):
+    for field in ENDPOINTS[path]:
+        if field.required:
+            for body in ({k: v for k, v in BODIES[path].items() if k != field.name}, BODIES[path] | {field.name: None}):
+                shared_client.refused(shared_client.post(path, body), 400, code="missing_required_parameter", param=field.name)
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_the_table_has_no_field_twice(path):
+    names = [field.name for field in ENDPOINTS[path]]
+    assert len(names) == len(set(names))
+
+
+@pytest.mark.parametrize("path", ENDPOINTS)
+def test_fields_that_nobody_defines_are_ignored_and_listed(shared_client, path):
+    answer = shared_client.post(path, BODIES[path] | {"foo": 1, "x_y-z.1": [2], "bad\r\nname: x": 3, "é": 4})
+    assert answer.status_code == 200
+    assert answer.headers["x-jaxpaged-ignored-fields"] == "foo, x_y-z.1, ?, ?"
+    answer = shared_client.post(path, BODIES[path] | {f"f{i}": i for i in range(100)})
+    assert answer.headers["x-jaxpaged-ignored-fields"].endswith("f15, and 84 more")
