@@ -1,0 +1,347 @@
+"""Offline generation: a list of prompts in, a list of outputs out. Names, arguments and results as vLLM's ``LLM``."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import time
+from collections import deque
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from tqdm import tqdm
+
+from jaxpaged.config import EngineConfig, make_config
+from jaxpaged.engine.admission import make_params, make_request
+from jaxpaged.engine.output import Delta, OutputProcessor, TokenText
+from jaxpaged.engine.progress import Progress, make_progress
+from jaxpaged.engine.startup import load_engine
+from jaxpaged.engine.status import EngineInfo
+from jaxpaged.engine.telemetry import EngineStats
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.errors import RequestError
+from jaxpaged.scheduling.request import Request, SamplingParams
+
+Prompt = str | Mapping[str, Any] | Sequence[int]
+"""Text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}``, or token ids."""
+
+Message = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Logprob:
+    """A token's log-probability at one position.
+
+    Attributes:
+        logprob: In the model's own distribution.
+        rank: 1 for the most likely.
+        decoded_token: Its text.
+    """
+
+    logprob: float
+    rank: int | None = None
+    decoded_token: str | None = None
+
+
+@dataclasses.dataclass
+class CompletionOutput:
+    """One completion of a prompt.
+
+    Attributes:
+        index: Which of the ``n``.
+        text: What was generated.
+        token_ids: The same as ids, the stop token included.
+        cumulative_logprob: Sum over the tokens; None unless log-probabilities were asked for.
+        logprobs: Per token, by id: the token and the most likely ones.
+        finish_reason: ``stop``, ``length``, ``abort`` or ``error``.
+        stop_reason: Stop string or stop token id that ended it; None for the end-of-sequence token.
+    """
+
+    index: int
+    text: str = ""
+    token_ids: list[int] = dataclasses.field(default_factory=list)
+    cumulative_logprob: float | None = None
+    logprobs: list[dict[int, Logprob]] | None = None
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass
+class RequestMetrics:
+    """Moments of a request, in seconds of the monotonic clock."""
+
+    arrival_time: float
+    first_token_time: float | None = None
+    finished_time: float | None = None
+
+
+@dataclasses.dataclass
+class RequestOutput:
+    """All about one prompt.
+
+    Attributes:
+        request_id: Unique within the ``LLM``.
+        prompt: Its text; None if it was given as ids.
+        prompt_token_ids: Its ids.
+        prompt_logprobs: Per prompt token, by id, None for the first; None unless asked for.
+        outputs: ``n`` completions, in order of index.
+        finished: Always true in what ``generate`` returns.
+        metrics: When what happened.
+    """
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    prompt_logprobs: list[dict[int, Logprob] | None] | None
+    outputs: list[CompletionOutput]
+    finished: bool
+    metrics: RequestMetrics
+
+
+class LLM:
+    """A model, ready to generate.
+
+    Args:
+        model: A local directory in Hugging Face layout, or a hub id; default: the packaged tiny model.
+        show_progress: Whether loading is shown on standard error.
+        **options: Any option of ``jaxpaged.config.EngineConfig`` or of what it holds, by its name or an alias.
+
+    Raises:
+        ConfigError: An option is unknown or does not fit, or the model cannot be loaded.
+    """
+
+    def __init__(self, model: str | None = None, *, show_progress: bool = True, **options: Any) -> None:
+        given = {**options, **({} if model is None else {"model": str(model)})}
+        self._start(make_config(EngineConfig, given), make_progress() if show_progress else None)
+
+    @classmethod
+    def from_config(cls, config: EngineConfig, *, progress: Progress | None = None) -> LLM:
+        """Makes an LLM from a configuration that was read elsewhere."""
+        self = cls.__new__(cls)
+        self._start(config, progress if progress is not None else make_progress())
+        return self
+
+    def _start(self, config: EngineConfig, progress: Progress | None) -> None:
+        loaded = load_engine(config, progress)
+        self.info: EngineInfo = loaded.info
+        self._engine = loaded.engine
+        self._close = loaded.close
+        self._ids = itertools.count()
+
+    @property
+    def default_sampling(self) -> Mapping[str, Any]:
+        """Sampling values from the model's generation_config.json."""
+        return self.info.default_sampling
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Returns sampling parameters with the model's own defaults."""
+        return SamplingParams(**self.info.default_sampling)
+
+    def get_tokenizer(self) -> Tokenizer:
+        """Returns the tokenizer."""
+        return self.info.tokenizer
+
+    def get_metrics(self) -> EngineStats:
+        """Returns a snapshot of all counters, gauges and histograms."""
+        return self._engine.stats()
+
+    def close(self) -> None:
+        """Frees the device's memory."""
+        self._close()
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+    ) -> list[RequestOutput]:
+        """Completes prompts, as many at once as fit.
+
+        Args:
+            prompts: One prompt, or a list; each text, token ids, or a dict with ``prompt`` or ``prompt_token_ids``.
+            sampling_params: For all prompts, or one each; default: the model's own.
+            use_tqdm: Show a bar.
+
+        Returns:
+            One output per prompt, in their order.
+
+        Raises:
+            RequestError: A prompt or a parameter does not fit; nothing was generated then.
+        """
+        items = _as_prompts(prompts)
+        params = self._params_for(items, sampling_params or self.get_default_sampling_params())
+        jobs = [self._job(*self._encode(item), given, "prompt") for item, given in zip(items, params, strict=True)]
+        return self._run(jobs, use_tqdm=use_tqdm)
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = True,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers one conversation or several.
+
+        Args:
+            messages: Each message has ``role`` and ``content``.
+            sampling_params: As in ``generate``; default: the model's own, up to the rest of the context.
+            use_tqdm: Show a bar.
+            chat_template: Jinja source to use instead of the tokenizer's.
+            add_generation_prompt: Open the assistant's turn.
+            continue_final_message: Continue the last message instead.
+            tools: JSON schemas of functions, for templates that show them.
+            chat_template_kwargs: More variables for the template.
+
+        Raises:
+            RequestError: A conversation does not fit the template or the context.
+        """
+        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+        params = self._params_for(conversations, sampling_params or make_params({}, self.info))
+        jobs = []
+        for conversation, given in zip(conversations, params, strict=True):
+            ids = self.info.tokenizer.apply_chat_template(
+                conversation,
+                add_generation_prompt=add_generation_prompt and not continue_final_message,
+                continue_final_message=continue_final_message,
+                tools=tools,
+                chat_template=chat_template,
+                template_kwargs=chat_template_kwargs,
+            )
+            jobs.append(self._job(self.info.tokenizer.decode(ids, skip_special_tokens=False), ids, given, "messages"))
+        return self._run(jobs, use_tqdm=use_tqdm)
+
+    def _params_for(self, items: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:
+        if isinstance(params, SamplingParams):
+            return [params] * len(items)
+        if len(params) != len(items):
+            raise RequestError(f"sampling_params must be one, or one per prompt ({len(items)}); got {len(params)}", param="sampling_params")
+        return params
+
+    def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        """Returns a prompt's text, if it has one, and its ids."""
+        if isinstance(prompt, Mapping):
+            if isinstance(prompt.get("prompt_token_ids"), list | tuple):
+                return prompt.get("prompt"), list(prompt["prompt_token_ids"])
+            if not isinstance(prompt.get("prompt"), str):
+                raise RequestError("a prompt given as a dict must have 'prompt' or 'prompt_token_ids'", param="prompt")
+            prompt = prompt["prompt"]
+        if isinstance(prompt, str):
+            return prompt, self.info.tokenizer.encode(prompt)
+        return None, list(prompt)
+
+    def _job(self, text: str | None, ids: list[int], params: SamplingParams, param: str) -> _Job:
+        request = make_request(ids, params, self.info, request_id=str(next(self._ids)), prompt_param=param)
+        return _Job(request, text, self.info.tokenizer)
+
+    def _run(self, jobs: list[_Job], *, use_tqdm: bool) -> list[RequestOutput]:
+        """Keeps the engine's queue filled until all jobs are done."""
+        by_id = {job.request.id: job for job in jobs}
+        to_come = deque(jobs)
+        with tqdm(total=len(jobs), desc="Processed prompts", disable=not use_tqdm, dynamic_ncols=True) as bar:
+            speed = _Speed(bar)
+            try:
+                while to_come or self._engine.has_work:
+                    while to_come and self._engine.scheduler.num_waiting == 0:
+                        self._engine.add(to_come.popleft().request)
+                    for event in self._engine.step():
+                        job = by_id[event.request_id]
+                        was_finished = job.finished
+                        delta = job.processor.process(event)
+                        if delta is None:
+                            continue
+                        job.take(delta)
+                        if delta.finish_reason is not None and event.finish_reason is None:
+                            self._engine.abort(event.request_id, event.index)
+                        if job.finished and not was_finished:
+                            speed.finished(job)
+            except BaseException:  # an interrupt may have come in the middle of a step
+                self._engine.reset()
+                raise
+        self._engine.check()
+        return [job.output() for job in jobs]
+
+
+class _Job:
+    """One prompt on its way."""
+
+    def __init__(self, request: Request, text: str | None, tokenizer: Tokenizer) -> None:
+        self.request = request
+        self.processor = OutputProcessor(request, tokenizer)
+        self._text = text
+        self._completions = [CompletionOutput(index) for index in range(request.params.n)]
+        self._texts: list[list[str]] = [[] for _ in self._completions]
+        self._prompt_logprobs: list[dict[int, Logprob] | None] = [None]
+        self._metrics = RequestMetrics(request.arrival_s)
+        if request.params.logprobs is not None:
+            for completion in self._completions:
+                completion.logprobs, completion.cumulative_logprob = [], 0.0
+
+    @property
+    def finished(self) -> bool:
+        return self.processor.finished
+
+    def take(self, delta: Delta) -> None:
+        """Adds what is new."""
+        completion = self._completions[delta.index]
+        self._texts[delta.index].append(delta.text)
+        completion.token_ids += delta.token_ids
+        if completion.logprobs is not None:
+            completion.logprobs += [_by_id(entry) for entry in delta.logprobs]
+            completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + sum(entry.logprob for entry in delta.logprobs)
+        if delta.index == 0:
+            self._prompt_logprobs += [_by_id(entry) for entry in delta.prompt_logprobs]
+        if delta.token_ids and self._metrics.first_token_time is None:
+            self._metrics.first_token_time = time.monotonic()
+        if delta.finish_reason is not None:
+            completion.finish_reason, completion.stop_reason = delta.finish_reason, delta.stop_reason
+            completion.text = "".join(self._texts[delta.index])
+        if self.finished:
+            self._metrics.finished_time = time.monotonic()
+
+    def output(self) -> RequestOutput:
+        """Returns the result."""
+        asked = self.request.params.prompt_logprobs is not None
+        return RequestOutput(
+            self.request.id,
+            self._text,
+            list(self.request.prompt),
+            self._prompt_logprobs if asked else None,
+            self._completions,
+            self.finished,
+            self._metrics,
+        )
+
+
+class _Speed:
+    """Keeps the bar's numbers."""
+
+    def __init__(self, bar: Any) -> None:
+        self._bar = bar
+        self._began = time.monotonic()
+        self._inputs = self._outputs = 0
+
+    def finished(self, job: _Job) -> None:
+        self._inputs += job.processor.num_prompt_tokens
+        self._outputs += job.processor.num_output_tokens
+        seconds = max(time.monotonic() - self._began, 1e-9)
+        text = f"est. speed input: {self._inputs / seconds:.2f} toks/s, output: {self._outputs / seconds:.2f} toks/s"
+        self._bar.set_postfix_str(text, refresh=False)
+        self._bar.update(1)
+
+
+def _by_id(entry: TokenText) -> dict[int, Logprob]:
+    """Returns the most likely tokens and the one at the position, by id."""
+    tokens: Iterable[TokenText] = (entry, *entry.top)
+    return {token.token_id: Logprob(token.logprob, token.rank, token.text) for token in tokens}
+
+
+def _as_prompts(prompts: Prompt | Sequence[Prompt]) -> list[Prompt]:
+    if isinstance(prompts, str | Mapping) or (prompts and isinstance(prompts[0], int)):
+        return [prompts]  # type: ignore[list-item]
+    return list(prompts)  # type: ignore[arg-type]
