@@ -63,7 +63,8 @@ class ModelConfig:
         window: Sliding window in tokens per layer; None for full attention.
         qkv_bias, output_bias, mlp_bias: Which projections have a bias.
         qk_norm: RMSNorm over each query and key head before rotation (Qwen3).
-        dtype: Name of the dtype to compute and store weights in; resolved for the device.
+        dtype: Name of the dtype to compute in; resolved for the device.
+        weight_dtype: Name of the dtype that matrices are stored in, where it is another one (bfloat16 with float32).
     """
 
     architecture: str
@@ -85,6 +86,12 @@ class ModelConfig:
     qk_norm: bool = False
     window: tuple[int | None, ...] = ()
     dtype: str = "float32"
+    weight_dtype: str | None = None
+
+    @property
+    def matrix_dtype(self) -> str:
+        """Name of the dtype that matrices are stored in."""
+        return self.weight_dtype or self.dtype
 
     def kv_bytes_per_token(self, kv_dtype_bytes: int) -> int:
         """Bytes of keys and values that one token takes in all layers."""

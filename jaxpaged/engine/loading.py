@@ -10,8 +10,9 @@ from typing import Any
 import jax
 
 from jaxpaged.config import ModelConfig
+from jaxpaged.engine.host_cpu import multiplies_bfloat16
 from jaxpaged.engine.hub import model_directory
-from jaxpaged.engine.weights import Progress, load_params, read_json
+from jaxpaged.engine.weights import Progress, load_params, open_checkpoint, read_json
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.models.hf_config import bad
 from jaxpaged.models.model import Model, Params
@@ -34,7 +35,8 @@ def load_model(
 
     Args:
         model: A local directory in Hugging Face layout, or a hub id.
-        dtype: Of weights and computation; ``auto`` is the checkpoint's on GPU and TPU, and float32 on a CPU.
+        dtype: Of weights and computation; ``auto`` is the checkpoint's on GPU and TPU, and float32 on a CPU. There, matrices of
+            a bfloat16 checkpoint stay in bfloat16 where that is faster: the same values, and as exact (``layers.linear``).
         load_format: ``auto`` and ``safetensors`` read the weights, ``dummy`` makes random ones and needs only config.json.
         revision: Branch, tag or commit of a hub id.
         hf_overrides: Values that replace those of config.json, objects key by key.
@@ -50,8 +52,16 @@ def load_model(
     """
     dummy = load_format == "dummy"
     directory = model_directory(str(model), revision, weights=not dummy)
-    built = Model.build(read_config(directory, dtype=dtype, hf_overrides=hf_overrides))
-    return built, built.init(seed) if dummy else load_params(built, directory, progress)
+    config = read_config(directory, dtype=dtype, hf_overrides=hf_overrides)
+    if dummy:
+        built = Model.build(config)
+        return built, built.init(seed)
+    tensors = open_checkpoint(directory)
+    matrices = {tensor.dtype.name for tensor in tensors.values() if len(tensor.shape) == 2}
+    if config.dtype == "float32" and matrices == {"bfloat16"} and jax.default_backend() == "cpu" and multiplies_bfloat16():
+        config = dataclasses.replace(config, weight_dtype="bfloat16")
+    built = Model.build(config)
+    return built, load_params(built, tensors, directory, progress)
 
 
 def read_config(directory: Path, *, dtype: str = "auto", hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:

@@ -29,25 +29,26 @@ _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpac
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
 
-def load_params(model: Model, directory: Path, progress: Progress | None = None) -> Params:
-    """Reads a model's parameters from a directory in Hugging Face layout.
+def load_params(model: Model, tensors: dict[str, Tensor], directory: Path, progress: Progress | None = None) -> Params:
+    """Reads a model's parameters.
 
     Args:
         model: Says which parameters there are, their shapes and dtypes.
-        directory: Holds ``model.safetensors``, or shards with their index.
+        tensors: As ``open_checkpoint`` returns them.
+        directory: Where they lie, for messages.
         progress: Called before the first tensor and after each parameter.
 
     Raises:
-        CheckpointError: A file or tensor is missing, damaged, mis-shaped, there twice, or belongs to nothing.
+        CheckpointError: A tensor is missing, mis-shaped, or belongs to nothing.
     """
-    plan = match(model, open_checkpoint(directory), directory)
-    total, done = sum(tensor.num_bytes for tensors in plan.values() for tensor in tensors), 0
+    plan = match(model, tensors, directory)
+    total, done = sum(tensor.num_bytes for sources in plan.values() for tensor in sources), 0
     params = {}
-    for name, tensors in plan.items():
+    for name, sources in plan.items():
         if progress is not None:
             progress(done, total)
-        params[name] = jax.device_put(_joined(tensors, np.dtype(model.specs[name].dtype)))
-        done += sum(tensor.num_bytes for tensor in tensors)
+        params[name] = jax.device_put(_joined(sources, np.dtype(model.specs[name].dtype)))
+        done += sum(tensor.num_bytes for tensor in sources)
     if progress is not None:
         progress(done, total)
     return params
@@ -80,7 +81,7 @@ def match(model: Model, tensors: dict[str, Tensor], directory: Path) -> dict[str
 
 
 def open_checkpoint(directory: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a checkpoint by name, unread.
+    """Returns all tensors of a directory by name, unread: of ``model.safetensors``, or of the shards that an index names.
 
     Raises:
         CheckpointError: A file is missing or damaged, the index disagrees with the shards, or a tensor is there twice.

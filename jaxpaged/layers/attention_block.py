@@ -23,8 +23,9 @@ class AttentionBlock(nnx.Module):
     def __init__(self, config: ModelConfig, layer: int) -> None:
         heads, kv_heads, dim = config.num_heads, config.num_kv_heads, config.head_dim
         parts = (heads * dim, kv_heads * dim, kv_heads * dim)
-        self.qkv = Linear(config.hidden_size, parts, bias=config.qkv_bias, dtype=config.dtype)
-        self.output = Linear(heads * dim, (config.hidden_size,), bias=config.output_bias, dtype=config.dtype)
+        dtypes = {"dtype": config.dtype, "matrix_dtype": config.matrix_dtype}
+        self.qkv = Linear(config.hidden_size, parts, bias=config.qkv_bias, **dtypes)
+        self.output = Linear(heads * dim, (config.hidden_size,), bias=config.output_bias, **dtypes)
         self.q_norm = RMSNorm(dim, eps=config.rms_norm_eps, dtype=config.dtype) if config.qk_norm else None
         self.k_norm = RMSNorm(dim, eps=config.rms_norm_eps, dtype=config.dtype) if config.qk_norm else None
         self.num_heads, self.num_kv_heads, self.head_dim = heads, kv_heads, dim

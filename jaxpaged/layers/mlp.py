@@ -15,9 +15,9 @@ class GatedMLP(nnx.Module):
     Source: Shazeer, "GLU Variants Improve Transformer" (2020).
     """
 
-    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: str) -> None:
-        self.gate_up = Linear(hidden_size, (intermediate_size, intermediate_size), bias=bias, dtype=dtype)
-        self.down = Linear(intermediate_size, (hidden_size,), bias=bias, dtype=dtype)
+    def __init__(self, hidden_size: int, intermediate_size: int, *, bias: bool, dtype: str, matrix_dtype: str) -> None:
+        self.gate_up = Linear(hidden_size, (intermediate_size, intermediate_size), bias=bias, dtype=dtype, matrix_dtype=matrix_dtype)
+        self.down = Linear(intermediate_size, (hidden_size,), bias=bias, dtype=dtype, matrix_dtype=matrix_dtype)
         self.intermediate_size = intermediate_size
 
     def __call__(self, x: Float[Array, "T E"]) -> Float[Array, "T E"]:

@@ -25,10 +25,11 @@ class DecoderLayer(nnx.Module):
     """Attention, then the feed-forward block, each normalised before and added to the residual stream."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
+        dtypes = {"dtype": config.dtype, "matrix_dtype": config.matrix_dtype}
         self.attention_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
         self.attention = AttentionBlock(config, layer)
         self.mlp_norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
-        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, dtype=config.dtype)
+        self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **dtypes)
 
     def __call__(
         self, x: Float[Array, "T E"], pages: Float[Array, "N B 2K D"], rotation: Rotation, metadata: AttentionMetadata, *, attention: str
@@ -43,10 +44,11 @@ class Decoder(nnx.Module):
     """Embedding, layers, final norm, and the projection to the vocabulary (the embedding's own table where tied)."""
 
     def __init__(self, config: ModelConfig) -> None:
-        self.embed = Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
+        dtypes = {"dtype": config.dtype, "matrix_dtype": config.matrix_dtype}
+        self.embed = Embedding(config.vocab_size, config.hidden_size, **dtypes)
         self.layers = nnx.List([DecoderLayer(config, layer) for layer in range(config.num_layers)])
         self.norm = RMSNorm(config.hidden_size, eps=config.rms_norm_eps, dtype=config.dtype)
-        self.head = None if config.tie_word_embeddings else Embedding(config.vocab_size, config.hidden_size, dtype=config.dtype)
+        self.head = None if config.tie_word_embeddings else Embedding(config.vocab_size, config.hidden_size, **dtypes)
         self.config = config
 
     def __call__(self, inputs: StepInputs, pool: PagePool, *, attention: str) -> tuple[Float[Array, "T E"], PagePool]:

@@ -1,0 +1,33 @@
+"""What the CPU can do fast."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+
+from jaxpaged.layers.linear import project
+
+_CPU_INFO = Path("/proc/cpuinfo")
+_FEATURE = "amx_bf16"
+_KERNEL = "ynn_fusion"
+
+
+@functools.cache
+def multiplies_bfloat16() -> bool:
+    """Returns whether float32 inputs meet bfloat16 weights faster than float32 ones (``layers.linear.project``).
+
+    That takes tile instructions for bfloat16, and an XLA that uses a library kernel for them: without either, XLA multiplies
+    bfloat16 matrices on a CPU ten times slower than float32. Measured with both, on two cores, 135 M parameters: the same
+    at 1 token, 1.8 times faster at 8, 1.4 times at 64, with half the memory. Asks the compiler once, about 50 ms.
+    """
+    try:
+        flags = next(line for line in _CPU_INFO.read_text().splitlines() if line.startswith("flags")).split()
+    except (OSError, StopIteration):
+        return False
+    if _FEATURE not in flags:
+        return False
+    x, weight = jax.ShapeDtypeStruct((8, 256), jnp.float32), jax.ShapeDtypeStruct((256, 256), jnp.bfloat16)
+    return _KERNEL in (jax.jit(project).lower(x, weight).compile().as_text() or "")
