@@ -16,7 +16,6 @@ deferred pages would wait for ever.
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterable, Sequence
 
 NULL_PAGE = 0
@@ -143,26 +142,30 @@ class PageAllocator:
         Raises:
             InvariantError: A page leaked, is owned twice over its count, is free and owned, or a counter is wrong.
         """
-        readers = Counter(page_id for page_ids in owners for page_id in page_ids)
-        leaving = Counter(page_id for page_ids in self._fences.values() for page_id in page_ids)
-        free = set(self._free)
-        deferred = sum(1 for page_id in leaving if readers[page_id] == 0)
-        if len(free) != len(self._free):
-            raise InvariantError("a page is in the free list twice")
-        if any(not 0 < page_id < self.num_pages for page_id in (*free, *readers, *leaving)):
-            raise InvariantError("the null page, or an id that does not exist, is free or owned")
-        if any(fence <= self._completed for fence in self._fences):
-            raise InvariantError("a page waits for a step that is complete")
-        if deferred != self._num_deferred:
-            raise InvariantError(f"{deferred} pages are deferred, {self._num_deferred} are counted")
-        for page_id in range(1, self.num_pages):
-            if self._readers[page_id] != readers[page_id] or self._leaving[page_id] != leaving[page_id]:
+        readers = self._count(owners)
+        leaving = self._count(self._fences.values())
+        for page_id in range(self.num_pages):
+            if readers[page_id] != self._readers[page_id] or leaving[page_id] != self._leaving[page_id]:
                 raise InvariantError(
                     f"page {page_id} has {readers[page_id]} readers and {leaving[page_id]} leaving; "
-                    f"counted are {self._readers[page_id]} and {self._leaving[page_id]}"
+                    f"in the books are {self._readers[page_id]} and {self._leaving[page_id]}"
                 )
-            if (page_id in free) == (readers[page_id] + leaving[page_id] > 0):
-                raise InvariantError(f"page {page_id} is {'free and owned' if page_id in free else 'lost'}")
+        unowned = [page_id for page_id in range(1, self.num_pages) if not readers[page_id] and not leaving[page_id]]
+        if sorted(self._free) != unowned:
+            raise InvariantError(f"pages {unowned} have no owner, but those free are {sorted(self._free)}")
+        if self.num_used != sum(map(bool, readers)):
+            raise InvariantError(f"{sum(map(bool, readers))} pages have readers, {self.num_used} are counted")
+        if any(fence <= self._completed for fence in self._fences):
+            raise InvariantError("a page waits for a step that is complete")
+
+    def _count(self, holders: Iterable[Iterable[int]]) -> list[int]:
+        counts = [0] * self.num_pages
+        for page_ids in holders:
+            for page_id in page_ids:
+                if not NULL_PAGE < page_id < self.num_pages:
+                    raise InvariantError(f"page {page_id} is owned, but is the null page or does not exist")
+                counts[page_id] += 1
+        return counts
 
     def _remove_reader(self, page_id: int) -> None:
         if self._readers[page_id] == 0:

@@ -1,0 +1,150 @@
+"""2,000 random worlds (see simulation.py), those that once failed first, and worlds that Hypothesis steers call by call."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from fakes import DeviceFault
+from hypothesis import settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from scheduling.simulation import World, make_request, make_scheduler, simulate
+
+RUNS = 2000
+BLOCKS = 20
+FAILED_SEEDS = [
+    int(line.split("#")[0]) for line in (Path(__file__).parent / "failed_seeds.txt").read_text().splitlines() if line.split("#")[0].strip()
+]
+
+
+@pytest.mark.parametrize("seed", FAILED_SEEDS)
+def test_seeds_that_failed_once(seed):
+    simulate(seed)
+
+
+@pytest.mark.parametrize("block", range(BLOCKS))
+def test_random_worlds(block):
+    size = RUNS // BLOCKS
+    totals: Counter[str] = Counter()
+    for seed in range(block * size, (block + 1) * size):
+        totals.update(dataclasses.asdict(simulate(seed)))
+    # The worlds are worth something only if what is to be tested happens in them.
+    assert totals["finished"] > 10 * size
+    assert totals["preemptions"] > size
+    assert totals["faults"] > 10
+    assert totals["aborted"] > size
+
+
+class SchedulerMachine(RuleBasedStateMachine):
+    """Any order of calls that an engine can make."""
+
+    @initialize(
+        num_pages=st.integers(2, 12),
+        page_size=st.integers(1, 4),
+        seqs=st.integers(1, 4),
+        spare=st.integers(0, 6),
+        chunk=st.sampled_from((0, 1, 3)),
+    )
+    def start(self, num_pages, page_size, seqs, spare, chunk):
+        scheduler = make_scheduler(
+            num_pages=num_pages,
+            page_size=page_size,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=seqs + spare,
+            long_prefill_token_threshold=chunk,
+            clock=lambda: 0.0,
+        )
+        scheduler.headroom = 0
+        self.fail = False
+        self.world = World(scheduler, depth=3, fails=lambda plan: self.fail)
+        self.number = 0
+
+    @rule(prompt=st.integers(1, 14), max_tokens=st.integers(1, 14), n=st.integers(1, 2), eos=st.sampled_from(((), (0, 1, 2, 3, 4))))
+    def add(self, prompt, max_tokens, n, eos):
+        self.number += 1
+        self.world.add(make_request(f"r{self.number}", prompt, max_tokens, n=n, eos=eos, seed=self.number))
+
+    @precondition(lambda self: self.world.samples)
+    @rule(data=st.data(), whole=st.booleans())
+    def abort(self, data, whole):
+        request_id, index = data.draw(st.sampled_from(sorted(self.world.samples)))
+        self.world.abort(request_id, None if whole else index)
+
+    @precondition(lambda self: len(self.world.handles) <= self.world.depth)
+    @rule(fail=st.sampled_from((False, False, False, False, False, True)))
+    def dispatch(self, fail):
+        self.fail = fail
+        self.world.dispatch()
+        self.fail = False
+
+    @precondition(lambda self: self.world.handles)
+    @rule()
+    def commit(self):
+        self.world.commit()
+
+    @precondition(lambda self: self.world.handles)
+    @rule()
+    def lose_everything(self):
+        """A fault of which nobody knows the step."""
+        world = self.world
+        alive = {work.sequence for plan, _ in world.handles for work in plan.work if work.sequence.finish_reason is None}
+        if len(alive) == 1:
+            world.sample(alive.pop()).failed_alone += 1
+        world.num_faults += 1
+        world.handles.clear()
+        world.device.reset()
+        world.receive(world.scheduler.recover(None))
+        world.verify()
+
+    @invariant()
+    def fits_in_the_pool(self):
+        assert 0 <= self.world.scheduler.kv_usage <= 1
+
+    def teardown(self):
+        if hasattr(self, "world"):
+            self.world.drain()
+
+
+TestSchedulerMachine = SchedulerMachine.TestCase
+TestSchedulerMachine.settings = settings(max_examples=200, stateful_step_count=60, deadline=None, derandomize=True)
+
+
+@pytest.mark.parametrize("page_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("depth", [0, 1])
+def test_every_length_on_every_boundary(page_size, depth):
+    """Prompts of 1 to 4B + 1 tokens, in chunks of any size up to B + 1, followed by decodes over the next boundary."""
+    for chunk in range(1, page_size + 2):
+        scheduler = make_scheduler(
+            num_pages=16, page_size=page_size, max_num_seqs=2, max_num_batched_tokens=page_size + 2, long_prefill_token_threshold=chunk
+        )
+        world = World(scheduler, depth=depth)
+        for length in range(1, 4 * page_size + 2):
+            world.add(make_request(f"{length}", length, page_size + 1, seed=length))
+            if length % 2:
+                world.drain()
+        world.drain()
+        assert len(world.samples) == 4 * page_size + 1
+
+
+@pytest.mark.parametrize("n", [1, 2, 4])
+def test_every_length_with_the_smallest_pool_that_holds_it(n):
+    for page_size in (1, 2, 4, 8):
+        for total in range(2, 4 * page_size + 2):
+            pages = -(-total // page_size) + 1
+            scheduler = make_scheduler(num_pages=pages, page_size=page_size, max_num_seqs=n, max_num_batched_tokens=n + 3)
+            scheduler.headroom = 0
+            world = World(scheduler)
+            assert world.add(make_request("a", max(1, total - 3), min(3, total - 1), n=n))
+            world.drain()
+
+
+def test_the_simulation_notices_a_failing_device():
+    """The harness itself: a step that raises reaches ``recover``, and nothing else may raise."""
+    world = World(make_scheduler(), fails=lambda plan: plan.step == 1)
+    world.add(make_request("a", 3, 3))
+    world.dispatch()
+    with pytest.raises(DeviceFault):
+        world.device.complete(world.handles[0][1])
