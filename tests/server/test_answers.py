@@ -1,0 +1,290 @@
+"""Golden bodies and event streams: what a client reads, to the letter."""
+
+import pytest
+from conftest import events_of
+
+from jaxpaged.config import ServerConfig
+
+CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
+# The scripted model says the prompt again: <|im_start|>user\nhi<|im_end|>, where im_end ends it.
+REPLY = "user\nhi"
+
+
+def stable(body):
+    assert body["id"].startswith(("chatcmpl-", "cmpl-"))
+    assert isinstance(body["created"], int)
+    return {key: value for key, value in body.items() if key not in ("id", "created", "system_fingerprint")}
+
+
+def test_chat(client):
+    answer = client.post("/v1/chat/completions", CHAT)
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json()["id"] == "chatcmpl-" + answer.headers["x-request-id"]
+    assert stable(answer.json()) == {
+        "object": "chat.completion",
+        "model": "echo",
+        "choices": [
+            {
+                "index": 0,
+                "message": {"role": "assistant", "content": REPLY, "refusal": None},
+                "logprobs": None,
+                "finish_reason": "stop",
+                "stop_reason": None,
+            }
+        ],
+        "usage": {"prompt_tokens": 21, "completion_tokens": 9, "total_tokens": 30},
+    }
+
+
+def test_chat_stream(client):
+    answer = client.post("/v1/chat/completions", CHAT | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 3})
+    assert answer.headers["content-type"] == "text/event-stream; charset=utf-8"
+    assert answer.headers["cache-control"] == "no-cache"
+    events = events_of(answer.text)
+    assert events[-1] == "[DONE]"
+    assert len({(event["id"], event["created"]) for event in events[:-1]}) == 1
+    chunk = {"object": "chat.completion.chunk", "model": "echo", "usage": None}
+    piece = {"index": 0, "logprobs": None, "finish_reason": None}
+    assert [stable(event) for event in events[:-1]] == [
+        chunk | {"choices": [piece | {"delta": {"role": "assistant", "content": ""}}]},
+        chunk | {"choices": [piece | {"delta": {"content": "u"}}]},
+        chunk | {"choices": [piece | {"delta": {"content": "s"}}]},
+        chunk | {"choices": [piece | {"delta": {}, "finish_reason": "length", "stop_reason": None}]},
+        chunk | {"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24}},
+    ]
+
+
+def test_stream_without_usage_has_no_usage_field(client):
+    events = events_of(client.post("/v1/chat/completions", CHAT | {"stream": True}).text)
+    assert all("usage" not in event for event in events[:-1])
+    assert all(event["choices"] for event in events[:-1])
+
+
+def test_continuous_usage(client):
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    events = events_of(client.post("/v1/completions", {"model": "echo", "prompt": "hello", "stream": True, "stream_options": options}).text)
+    assert [event["usage"]["completion_tokens"] for event in events[:-1]] == [1, 2, 3, 4, 5, 5, 5]
+
+
+def test_usage_can_be_forced_by_the_operator(make_client):
+    client = make_client(config=ServerConfig(enable_force_include_usage=True))
+    events = events_of(client.post("/v1/chat/completions", CHAT | {"stream": True}).text)
+    assert events[-2]["usage"]["prompt_tokens"] == 21
+    assert "usage" in client.post("/v1/chat/completions", CHAT).json()
+
+
+def test_completion(client):
+    answer = client.post("/v1/completions", {"model": "echo", "prompt": "hello", "max_tokens": 3})
+    assert stable(answer.json()) == {
+        "object": "text_completion",
+        "model": "echo",
+        "choices": [{"index": 0, "text": "hel", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
+        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+    }
+
+
+def test_completion_has_sixteen_tokens_by_default_or_what_fits(client):
+    assert client.post("/v1/completions", {"model": "echo", "prompt": "x" * 30}).json()["usage"]["completion_tokens"] == 16
+    assert client.post("/v1/completions", {"model": "echo", "prompt": "x" * 508}).json()["usage"]["completion_tokens"] == 4
+
+
+def test_all_forms_of_prompt_give_the_same(client):
+    ids = client.engine.info.tokenizer.encode("hey")
+    for prompt, count in (("hey", 1), (["hey"], 1), (ids, 1), ([ids], 1), (["hey", "hey"], 2), ([ids, ids, ids], 3)):
+        answer = client.post("/v1/completions", {"model": "echo", "prompt": prompt}).json()
+        assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(i, "hey") for i in range(count)]
+        assert answer["usage"]["prompt_tokens"] == 3 * count
+
+
+def test_several_prompts_and_samples(client):
+    body = {"model": "echo", "prompt": ["abc", "de"], "n": 2, "echo": True}
+    answer = client.post("/v1/completions", body).json()
+    assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(0, "abcabc"), (1, "abcabc"), (2, "dede"), (3, "dede")]
+    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 10, "total_tokens": 15}
+    texts = dict.fromkeys(range(4), "")
+    for event in events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]:
+        texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
+    assert texts == {0: "abcabc", 1: "abcabc", 2: "dede", 3: "dede"}
+
+
+def test_chat_samples_interleave_by_index(client):
+    events = events_of(client.post("/v1/chat/completions", CHAT | {"stream": True, "n": 3}).text)[:-1]
+    for index in range(3):
+        own = [event["choices"][0] for event in events if event["choices"][0]["index"] == index]
+        assert own[0]["delta"] == {"role": "assistant", "content": ""}
+        assert "".join(choice["delta"].get("content", "") for choice in own) == REPLY
+        assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
+    assert {event["choices"][0]["index"] for event in events[:6]} == {0, 1, 2}
+
+
+def test_chat_logprobs(client):
+    body = CHAT | {"max_tokens": 2, "logprobs": True, "top_logprobs": 2}
+    logprobs = client.post("/v1/chat/completions", body).json()["choices"][0]["logprobs"]
+    assert [entry["token"] for entry in logprobs["content"]] == ["<|im_start|>", "u"]
+    first = logprobs["content"][1]
+    assert first["bytes"] == [117]
+    assert first["logprob"] == -0.5
+    assert [(top["logprob"], sorted(top)) for top in first["top_logprobs"]] == [(-0.5, ["bytes", "logprob", "token"]), (-1.5, ["bytes", "logprob", "token"])]
+    streamed = []
+    for event in events_of(client.post("/v1/chat/completions", body | {"stream": True}).text)[:-1]:
+        streamed += (event["choices"][0]["logprobs"] or {"content": []})["content"]
+    assert streamed == logprobs["content"]
+    without = client.post("/v1/chat/completions", CHAT | {"max_tokens": 2, "logprobs": True}).json()["choices"][0]["logprobs"]
+    assert [entry["top_logprobs"] for entry in without["content"]] == [[], []]
+
+
+def test_completion_logprobs_with_echo(client):
+    body = {"model": "echo", "prompt": "hey", "max_tokens": 2, "logprobs": 2, "echo": True}
+    choice = client.post("/v1/completions", body).json()["choices"][0]
+    assert choice["text"] == "heyhe"
+    assert choice["logprobs"]["tokens"] == ["h", "e", "y", "h", "e"]
+    assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5, -0.5]
+    assert choice["logprobs"]["top_logprobs"] == [None, {"e": -0.5, "f": -1.5}, {"y": -0.5, "z": -1.5}, {"h": -0.5, "i": -1.5}, {"e": -0.5, "f": -1.5}]
+    assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
+    streamed = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    text = ""
+    for event in events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]:
+        text += event["choices"][0]["text"]
+        for name, values in (event["choices"][0]["logprobs"] or {}).items():
+            streamed[name] += values
+    assert (text, streamed) == ("heyhe", choice["logprobs"])
+
+
+def test_what_lm_eval_sends(client):
+    ids = client.engine.info.tokenizer.encode("hello there")
+    body = {"model": "echo", "prompt": [ids], "echo": True, "logprobs": 1, "max_tokens": 1, "temperature": 0, "seed": 1234}
+    logprobs = client.post("/v1/completions", body).json()["choices"][0]["logprobs"]
+    assert len(logprobs["tokens"]) == len(ids) + 1
+    assert all(max(top.values()) == value for top, value in zip(logprobs["top_logprobs"][1:], logprobs["token_logprobs"][1:], strict=True))
+
+
+def test_prompt_logprobs(client):
+    text = client.post("/v1/completions", {"model": "echo", "prompt": "hey", "prompt_logprobs": 1}).json()["choices"][0]
+    ids = client.engine.info.tokenizer.encode("hey")
+    assert text["prompt_logprobs"] == [None] + [{str(i): {"logprob": -0.5, "rank": 1, "decoded_token": t}} for i, t in zip(ids[1:], "ey", strict=True)]
+    chat = client.post("/v1/chat/completions", CHAT | {"prompt_logprobs": 0}).json()
+    assert len(chat["prompt_logprobs"]) == 21
+    assert "prompt_logprobs" not in client.post("/v1/completions", {"model": "echo", "prompt": "x", "echo": True, "logprobs": 1}).json()["choices"][0]
+
+
+def test_token_ids(client):
+    ids = client.engine.info.tokenizer.encode("hey")
+    body = {"model": "echo", "prompt": "hey", "return_token_ids": True}
+    choice = client.post("/v1/completions", body).json()["choices"][0]
+    assert (choice["prompt_token_ids"], choice["token_ids"]) == (ids, ids)
+    events = events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]
+    assert events[0]["choices"][0]["prompt_token_ids"] == ids
+    assert sum((event["choices"][0].get("token_ids", []) for event in events), []) == ids
+    chat = client.post("/v1/chat/completions", CHAT | {"return_token_ids": True}).json()
+    assert len(chat["prompt_token_ids"]) == 21
+    assert len(chat["choices"][0]["token_ids"]) == 9
+    names = client.post("/v1/completions", {"model": "echo", "prompt": "hey", "logprobs": 1, "return_tokens_as_token_ids": True}).json()
+    assert names["choices"][0]["logprobs"]["tokens"] == [f"token_id:{i}" for i in ids]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_stop_strings(client, stream):
+    def run(**body):
+        answer = client.post("/v1/completions", {"model": "echo", "prompt": "one two three", "stream": stream, **body})
+        if not stream:
+            return answer.json()["choices"][0]["text"], answer.json()["choices"][0]["stop_reason"], answer.json()["usage"]["completion_tokens"]
+        events = events_of(answer.text)[:-1]
+        return "".join(event["choices"][0]["text"] for event in events), events[-1]["choices"][0]["stop_reason"], None
+
+    assert run(stop="two")[:2] == ("one ", "two")
+    assert run(stop=["xx", "e t", "two"])[:2] == ("on", "e t")
+    assert run(stop="two", include_stop_str_in_output=True)[:2] == ("one two", "two")
+    assert run(stop="zzz")[:2] == ("one two three", None)
+    assert run(stop="threes")[:2] == ("one two three", None)  # held back to the end, then given
+    assert run(stop_token_ids=client.engine.info.tokenizer.encode("t"))[0].startswith("one t")
+    assert run(stop="e", min_tokens=6)[:2] == ("one two thr", "e")
+    assert not client.engine.running
+
+
+@pytest.mark.parametrize("text", ["héllo", "日本語", "a🙂b", "👩‍👩‍👧", "e\u0301", "עברית"])
+def test_no_half_characters(client, text):
+    events = events_of(client.post("/v1/completions", {"model": "echo", "prompt": text, "max_tokens": 40, "stream": True}).text)[:-1]
+    pieces = [event["choices"][0]["text"] for event in events]
+    assert "".join(pieces) == text
+    assert all("\ufffd" not in piece for piece in pieces)
+    cut = client.post("/v1/completions", {"model": "echo", "prompt": text, "max_tokens": 40, "stop": text[1:]}).json()["choices"][0]
+    assert cut["text"] == text[:1]
+
+
+def test_text_parts_and_the_developer_role(client):
+    parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+    joined = client.post("/tokenize", {"messages": [{"role": "system", "content": "a\nb"}]}).json()["tokens"]
+    assert client.post("/tokenize", {"messages": [{"role": "developer", "content": parts}]}).json()["tokens"] == joined
+
+
+def test_an_assistants_message_comes_back_as_the_client_got_it(client):
+    message = client.post("/v1/chat/completions", CHAT).json()["choices"][0]["message"]
+    extra = {"tool_calls": None, "function_call": None, "audio": None, "annotations": [], "name": "x"}
+    answer = client.post("/v1/chat/completions", CHAT | {"messages": [*CHAT["messages"], message | extra, {"role": "user", "content": "x"}]})
+    assert answer.status_code == 200
+    assert "x-jaxpaged-ignored-fields" not in answer.headers
+    answer = client.post("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "x", "mood": "good"}]})
+    assert answer.headers["x-jaxpaged-ignored-fields"] == "messages.mood"
+
+
+def test_special_tokens_in_a_message_are_text(client):
+    tokens = client.post("/tokenize", {"messages": [{"role": "user", "content": "<|im_end|>"}]}).json()
+    plain = client.post("/tokenize", {"messages": [{"role": "user", "content": "x" * 10}]}).json()
+    assert tokens["count"] == plain["count"]
+    assert sum(token == 258 for token in tokens["tokens"]) == 1
+    answer = client.post("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "<|im_start|><|endoftext|><|im_end|>"}]})
+    assert answer.status_code == 200
+
+
+def test_tokenize_and_back(client):
+    tokens = client.post("/tokenize", {"model": "echo", "prompt": "héy", "return_token_strs": True}).json()
+    assert (tokens["count"], tokens["max_model_len"]) == (4, 512)
+    assert len(tokens["token_strs"]) == 4
+    assert client.post("/detokenize", {"model": "echo", "tokens": tokens["tokens"]}).json() == {"prompt": "héy"}
+    assert client.post("/detokenize", {"tokens": []}).json() == {"prompt": ""}
+
+
+def test_continue_final_message(client):
+    messages = [*CHAT["messages"], {"role": "assistant", "content": "so"}]
+    tokens = client.post("/tokenize", {"messages": messages, "continue_final_message": True}).json()["tokens"]
+    assert client.post("/detokenize", {"tokens": tokens}).json()["prompt"].endswith("assistant\nso")
+    assert client.post("/v1/chat/completions", CHAT | {"messages": messages, "continue_final_message": True}).status_code == 200
+
+
+def test_truncate_prompt_tokens(client):
+    answer = client.post("/v1/completions", {"model": "echo", "prompt": "x" * 600 + "abc", "truncate_prompt_tokens": 3}).json()
+    assert (answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]) == ("abc", 3)
+
+
+def test_models(make_client):
+    client = make_client(config=ServerConfig(served_model_name=("big", "org/small")))
+    data = client.request("GET", "/v1/models").json()["data"]
+    assert [(entry["id"], entry["object"], entry["max_model_len"]) for entry in data] == [("big", "model", 512), ("org/small", "model", 512)]
+    assert client.request("GET", "/v1/models/org/small").json()["id"] == "org/small"
+    assert client.post("/v1/completions", {"model": "org/small", "prompt": "x"}).json()["model"] == "org/small"
+    client.refused(client.post("/v1/completions", {"model": "echo", "prompt": "x"}), 404)
+
+
+def test_defaults_of_the_model_apply_where_the_client_says_nothing(client):
+    from server_fakes import replace_info
+
+    replace_info(client.engine, default_sampling={"temperature": 0.25, "top_k": 7})
+    client.post("/v1/completions", {"model": "echo", "prompt": "x", "temperature": 0.5})
+    params = client.engine.submitted[-1].params
+    assert (params.temperature, params.top_k) == (0.5, 7)
+    client.post("/v1/completions", {"model": "echo", "prompt": "x", "temperature": None})
+    assert client.engine.submitted[-1].params.temperature == 0.25
+
+
+def test_client_ids_never_reach_the_engine(client):
+    client.post("/v1/completions", {"model": "echo", "prompt": "x", "request_id": "mine", "user": "me"}, headers={"x-request-id": "mine"})
+    assert "mine" not in client.engine.submitted[-1].id
+
+
+def test_small_routes(client):
+    assert client.request("GET", "/load").json() == {"server_load": 0}
+    assert set(client.request("GET", "/version").json()) == {"version"}
+    assert client.request("GET", "/livez").json() == {"status": "ok"}
+    assert client.request("POST", "/ping").status_code == 200
+    health = client.request("GET", "/health").json()
+    assert set(health) == {"status", "running", "waiting", "last_step_age_s"}
