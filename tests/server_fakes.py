@@ -109,6 +109,7 @@ class FakeAsyncEngine:
         self.running: dict[str, FakeStream] = {}
         self.submitted: list[Request] = []
         self.emitted = 0
+        self.loop: asyncio.AbstractEventLoop | None = None
         self.fail_at: tuple[int, str] | None = None
         self.reply: Callable[[Request], tuple[int, ...]] = lambda request: request.prompt
         self.info: EngineInfo | None = EngineInfo(
@@ -139,6 +140,7 @@ class FakeAsyncEngine:
         return self.info
 
     async def beat(self) -> None:
+        self.loop = asyncio.get_running_loop()
         await self.gate.wait()
         await asyncio.sleep(self.step_s)
 

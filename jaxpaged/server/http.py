@@ -118,9 +118,12 @@ class GuardedProtocol(HttpToolsProtocol):
         problem = self._refusal or Problem(400, "not a valid HTTP request", "invalid_http")
         self._cancel_timers()
         if self._answering:
-            # Another answer is under way on this connection; a second one would corrupt it.
-            self.transport.close()
-            return
+            if self.pipeline or self.cycle.response_started:
+                # Another answer is under way on this connection; a second one would corrupt it.
+                self.transport.close()
+                return
+            self.cycle.disconnected = True  # the body of this very request is malformed: nobody waits for its answer
+            self.cycle.message_event.set()
         body = encode(problem.body())
         head = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n" % (
             len(body),

@@ -55,7 +55,9 @@ def _bind_tcp(host: str, port: int) -> socket.socket:
     except OSError as error:
         listener.close()
         reason = error.strerror or str(error)
-        raise ConfigError(f"cannot listen on {host}:{port}: {reason[:1].lower()}{reason[1:]}; choose another with --port or --host") from error
+        raise ConfigError(
+            f"cannot listen on {host}:{port}: {reason[:1].lower()}{reason[1:]}; choose another with --port or --host"
+        ) from error
     listener.setblocking(False)
     return listener
 

@@ -124,7 +124,10 @@ def test_chat_logprobs(client):
     first = logprobs["content"][1]
     assert first["bytes"] == [117]
     assert first["logprob"] == -0.5
-    assert [(top["logprob"], sorted(top)) for top in first["top_logprobs"]] == [(-0.5, ["bytes", "logprob", "token"]), (-1.5, ["bytes", "logprob", "token"])]
+    assert [(top["logprob"], sorted(top)) for top in first["top_logprobs"]] == [
+        (-0.5, ["bytes", "logprob", "token"]),
+        (-1.5, ["bytes", "logprob", "token"]),
+    ]
     streamed = []
     for event in events_of(client.post("/v1/chat/completions", body | {"stream": True}).text)[:-1]:
         streamed += (event["choices"][0]["logprobs"] or {"content": []})["content"]
@@ -139,7 +142,13 @@ def test_completion_logprobs_with_echo(client):
     assert choice["text"] == "heyhe"
     assert choice["logprobs"]["tokens"] == ["h", "e", "y", "h", "e"]
     assert choice["logprobs"]["token_logprobs"] == [None, -0.5, -0.5, -0.5, -0.5]
-    assert choice["logprobs"]["top_logprobs"] == [None, {"e": -0.5, "f": -1.5}, {"y": -0.5, "z": -1.5}, {"h": -0.5, "i": -1.5}, {"e": -0.5, "f": -1.5}]
+    assert choice["logprobs"]["top_logprobs"] == [
+        None,
+        {"e": -0.5, "f": -1.5},
+        {"y": -0.5, "z": -1.5},
+        {"h": -0.5, "i": -1.5},
+        {"e": -0.5, "f": -1.5},
+    ]
     assert choice["logprobs"]["text_offset"] == [0, 1, 2, 3, 4]
     streamed = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
     text = ""
@@ -161,10 +170,15 @@ def test_what_lm_eval_sends(client):
 def test_prompt_logprobs(client):
     text = client.post("/v1/completions", {"model": "echo", "prompt": "hey", "prompt_logprobs": 1}).json()["choices"][0]
     ids = client.engine.info.tokenizer.encode("hey")
-    assert text["prompt_logprobs"] == [None] + [{str(i): {"logprob": -0.5, "rank": 1, "decoded_token": t}} for i, t in zip(ids[1:], "ey", strict=True)]
+    assert text["prompt_logprobs"] == [None] + [
+        {str(i): {"logprob": -0.5, "rank": 1, "decoded_token": t}} for i, t in zip(ids[1:], "ey", strict=True)
+    ]
     chat = client.post("/v1/chat/completions", CHAT | {"prompt_logprobs": 0}).json()
     assert len(chat["prompt_logprobs"]) == 21
-    assert "prompt_logprobs" not in client.post("/v1/completions", {"model": "echo", "prompt": "x", "echo": True, "logprobs": 1}).json()["choices"][0]
+    assert (
+        "prompt_logprobs"
+        not in client.post("/v1/completions", {"model": "echo", "prompt": "x", "echo": True, "logprobs": 1}).json()["choices"][0]
+    )
 
 
 def test_token_ids(client):
@@ -187,7 +201,11 @@ def test_stop_strings(client, stream):
     def run(**body):
         answer = client.post("/v1/completions", {"model": "echo", "prompt": "one two three", "stream": stream, **body})
         if not stream:
-            return answer.json()["choices"][0]["text"], answer.json()["choices"][0]["stop_reason"], answer.json()["usage"]["completion_tokens"]
+            return (
+                answer.json()["choices"][0]["text"],
+                answer.json()["choices"][0]["stop_reason"],
+                answer.json()["usage"]["completion_tokens"],
+            )
         events = events_of(answer.text)[:-1]
         return "".join(event["choices"][0]["text"] for event in events), events[-1]["choices"][0]["stop_reason"], None
 
@@ -220,7 +238,9 @@ def test_text_parts_and_the_developer_role(client):
 def test_an_assistants_message_comes_back_as_the_client_got_it(client):
     message = client.post("/v1/chat/completions", CHAT).json()["choices"][0]["message"]
     extra = {"tool_calls": None, "function_call": None, "audio": None, "annotations": [], "name": "x"}
-    answer = client.post("/v1/chat/completions", CHAT | {"messages": [*CHAT["messages"], message | extra, {"role": "user", "content": "x"}]})
+    answer = client.post(
+        "/v1/chat/completions", CHAT | {"messages": [*CHAT["messages"], message | extra, {"role": "user", "content": "x"}]}
+    )
     assert answer.status_code == 200
     assert "x-jaxpaged-ignored-fields" not in answer.headers
     answer = client.post("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "x", "mood": "good"}]})
@@ -259,7 +279,10 @@ def test_truncate_prompt_tokens(client):
 def test_models(make_client):
     client = make_client(config=ServerConfig(served_model_name=("big", "org/small")))
     data = client.request("GET", "/v1/models").json()["data"]
-    assert [(entry["id"], entry["object"], entry["max_model_len"]) for entry in data] == [("big", "model", 512), ("org/small", "model", 512)]
+    assert [(entry["id"], entry["object"], entry["max_model_len"]) for entry in data] == [
+        ("big", "model", 512),
+        ("org/small", "model", 512),
+    ]
     assert client.request("GET", "/v1/models/org/small").json()["id"] == "org/small"
     assert client.post("/v1/completions", {"model": "org/small", "prompt": "x"}).json()["model"] == "org/small"
     client.refused(client.post("/v1/completions", {"model": "echo", "prompt": "x"}), 404)

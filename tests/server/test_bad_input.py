@@ -108,7 +108,10 @@ TEXT_CASES = {
 
 
 def all_cases():
-    for path, body, groups in (("/v1/chat/completions", CHAT, (CHAT_CASES, BOTH_CASES)), ("/v1/completions", TEXT, (TEXT_CASES, BOTH_CASES))):
+    for path, body, groups in (
+        ("/v1/chat/completions", CHAT, (CHAT_CASES, BOTH_CASES)),
+        ("/v1/completions", TEXT, (TEXT_CASES, BOTH_CASES)),
+    ):
         for group in groups:
             for name, (change, param) in group.items():
                 yield pytest.param(path, {**body, **change}, param, id=f"{path}-{name}")
@@ -134,7 +137,12 @@ def test_too_long_says_both_numbers(shared_client, path):
 
 @pytest.mark.parametrize("name", ["Echo", "echo ", "other", "../echo", "/etc/passwd", "echo\n", "x" * 250, ""])
 def test_another_model_does_not_exist(shared_client, name):
-    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT), ("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+    for path, body in (
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", TEXT),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
         shared_client.refused(shared_client.post(path, body | {"model": name}), 404, code="model_not_found", param="model")
     if name.strip():
         answer = shared_client.request("GET", f"/v1/models/{name.strip()}x")
@@ -205,10 +213,14 @@ def test_media_types(shared_client, headers):
     shared_client.refused(answer, 415, code="unsupported_media_type")
 
 
-@pytest.mark.parametrize("kind", ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"', "application/vnd.x+json"])
+@pytest.mark.parametrize(
+    "kind", ["application/json", "Application/JSON; charset=UTF-8", 'application/json;charset="utf-8"', "application/vnd.x+json"]
+)
 def test_media_types_that_are_json(shared_client, kind):
     content = b'{"model":"echo","prompt":"ok","max_tokens":2}'
-    answer = shared_client.request("POST", "/v1/completions", content=content, headers={"content-type": kind, "content-encoding": "identity"})
+    answer = shared_client.request(
+        "POST", "/v1/completions", content=content, headers={"content-type": kind, "content-encoding": "identity"}
+    )
     assert answer.status_code == 200
 
 
@@ -239,7 +251,10 @@ ROUTES = {
 
 @pytest.mark.parametrize(("kind", "path"), [(kind, path) for kind, paths in ROUTES.items() for path in paths])
 def test_other_methods_are_405_and_say_which(shared_client, kind, path):
-    others = {"GET": ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"], "POST": ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"]}
+    others = {
+        "GET": ["POST", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"],
+        "POST": ["GET", "HEAD", "PUT", "DELETE", "PATCH", "OPTIONS", "TRACE"],
+    }
     for method in others[kind]:
         answer = shared_client.request(method, path)
         assert answer.status_code == 405
@@ -287,7 +302,12 @@ def test_not_ready_is_503(make_client, state):
     client.engine.detail = "compiling 9/12" if state == "compiling" else "secret /home/somebody 0xdeadbeef"
     if state in ("loading", "compiling"):
         client.engine.detail = "compiling 9/12"
-    for path, body in (("/v1/chat/completions", CHAT), ("/v1/completions", TEXT), ("/tokenize", {"prompt": "x"}), ("/detokenize", {"tokens": [1]})):
+    for path, body in (
+        ("/v1/chat/completions", CHAT),
+        ("/v1/completions", TEXT),
+        ("/tokenize", {"prompt": "x"}),
+        ("/detokenize", {"tokens": [1]}),
+    ):
         answer = client.post(path, body)
         client.refused(answer, 503, code="service_unavailable")
         assert int(answer.headers["retry-after"]) > 0

@@ -83,7 +83,11 @@ def test_accepted_as_json_says(raw):
     assert parse_json_object(raw) == json.loads(raw)
 
 
-@given(st.dictionaries(st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=8)))
+@given(
+    st.dictionaries(
+        st.text(), st.recursive(st.none() | st.booleans() | st.integers() | st.text(), lambda inner: st.lists(inner), max_leaves=8)
+    )
+)
 @settings(max_examples=100, deadline=None)
 def test_round_trip(content):
     assert parse_json_object(json.dumps(content, ensure_ascii=False).encode()) == content

@@ -20,7 +20,22 @@ WRONG = {
     "string": [1, True, [], {}, ["x"], 1.5, "x" * (MAX_LABEL_BYTES + 1), "é" * (MAX_LABEL_BYTES // 2 + 1)],
     "int_list": ["5", 5, True, {}, [1.0], ["5"], [True], [None], [[1]], [2**31], [-1]],
     "string_list": [5, True, {}, [""], "", [5], [None], [["x"]], "x" * (MAX_STOP_BYTES + 1), ["x" * (MAX_STOP_BYTES + 1)]],
-    "bias_map": ["x", 5, [], [1], True, {"x": 1}, {"1.0": 1}, {"-1": 1}, {"01": 1}, {"": 1}, {"1": "x"}, {"1": True}, {"1": None}, {"9" * 11: 1}],
+    "bias_map": [
+        "x",
+        5,
+        [],
+        [1],
+        True,
+        {"x": 1},
+        {"1.0": 1},
+        {"-1": 1},
+        {"01": 1},
+        {"": 1},
+        {"1": "x"},
+        {"1": True},
+        {"1": None},
+        {"9" * 11: 1},
+    ],
 }
 SPECIAL = {"model", "messages", "prompt", "stream_options", "tokens"}
 """Fields with rules of their own; test_bad_input.py has their cases."""
@@ -89,7 +104,11 @@ def good_cases():
 
 @pytest.mark.parametrize(("path", "field", "value"), list(good_cases()))
 def test_a_good_value_is_accepted(shared_client, path, field, value):
-    needs = {"top_logprobs": {"logprobs": True}, "min_tokens": {"max_tokens": 9}, "continue_final_message": _OPEN if value else _OPEN | {"add_generation_prompt": True}}
+    needs = {
+        "top_logprobs": {"logprobs": True},
+        "min_tokens": {"max_tokens": 9},
+        "continue_final_message": _OPEN if value else _OPEN | {"add_generation_prompt": True},
+    }
     body = {k: v for k, v in BODIES[path].items() if k != "prompt" or field.name != "continue_final_message"}
     answer = shared_client.post(path, body | needs.get(field.name, {}) | {field.name: value})
     assert answer.status_code == 200, answer.text

@@ -42,7 +42,14 @@ WRONG = {
 @pytest.mark.parametrize("name", WRONG)
 def test_every_route_but_the_health_ones_needs_the_key(locked, name):
     shapes = set()
-    for method, path in [*routes(locked), ("GET", "/nope"), ("GET", "/"), ("POST", "/livez/"), ("GET", "//livez"), ("GET", "/livez/../metrics")]:
+    for method, path in [
+        *routes(locked),
+        ("GET", "/nope"),
+        ("GET", "/"),
+        ("POST", "/livez/"),
+        ("GET", "//livez"),
+        ("GET", "/livez/../metrics"),
+    ]:
         answer = locked.request(method, path, headers=WRONG[name])
         if path in OPEN_PATHS:
             assert answer.status_code == 200

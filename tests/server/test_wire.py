@@ -1,0 +1,300 @@
+"""Bytes on a real socket: framing attacks, slow clients, disconnects, clients that do not read."""
+
+import json
+import socket
+import struct
+import threading
+import time
+
+import httpx
+import pytest
+from server_fakes import FakeAsyncEngine
+
+from jaxpaged.config import ServerConfig
+from jaxpaged.server import body as body_module
+from jaxpaged.server.http import GuardedProtocol
+
+BODY = b'{"model":"echo","prompt":"ok","max_tokens":2}'
+HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
+TAIL = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
+
+
+@pytest.fixture(scope="module")
+def wire():
+    from conftest import LoopbackServer
+
+    server = LoopbackServer(FakeAsyncEngine())
+    yield server
+    server.close()
+
+
+def exchange(server, data, *, timeout=5.0):
+    """Sends bytes and returns all that comes back until the server closes or stays silent."""
+    with server.connect() as connection:
+        connection.sendall(data)
+        connection.settimeout(timeout)
+        received = b""
+        try:
+            while chunk := connection.recv(65536):
+                received += chunk
+        except (TimeoutError, ConnectionResetError):
+            pass
+        return received
+
+
+def status_of(received):
+    assert received.startswith(b"HTTP/1.1 "), received
+    return int(received[9:12])
+
+
+SMUGGLING = {
+    "length and chunked": HEAD + b"Content-Length: 4\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked and length": HEAD + b"Transfer-Encoding: chunked\r\nContent-Length: 4\r\n\r\n0\r\n\r\n",
+    "two different lengths": HEAD + b"Content-Length: 45\r\nContent-Length: 5\r\n\r\n" + BODY,
+    "two equal lengths": HEAD + b"Content-Length: 45\r\nContent-Length: 45\r\n\r\n" + BODY,
+    "list of lengths": HEAD + b"Content-Length: 45, 45\r\n\r\n" + BODY,
+    "length with a plus": HEAD + b"Content-Length: +45\r\n\r\n" + BODY,
+    "negative length": HEAD + b"Content-Length: -45\r\n\r\n" + BODY,
+    "hexadecimal length": HEAD + b"Content-Length: 0x2d\r\n\r\n" + BODY,
+    "length with text": HEAD + b"Content-Length: 45abc\r\n\r\n" + BODY,
+    "length too long": HEAD + b"Content-Length: 99999999999999999999999\r\n\r\n" + BODY,
+    "another encoding": HEAD + b"Transfer-Encoding: xchunked\r\n\r\n0\r\n\r\n",
+    "chunked twice": HEAD + b"Transfer-Encoding: chunked\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "chunked not last": HEAD + b"Transfer-Encoding: chunked, identity\r\n\r\n0\r\n\r\n",
+    "gzip and chunked": HEAD + b"Transfer-Encoding: gzip, chunked\r\n\r\n0\r\n\r\n",
+    "identity": HEAD + b"Transfer-Encoding: identity\r\n\r\n",
+    "space before the colon": HEAD + b"Content-Length : 45\r\n\r\n" + BODY,
+    "folded header": HEAD + b"X: a\r\n b\r\nContent-Length : 45\r\n\r\n" + BODY,
+    "NUL in a header": HEAD + b"X: a\x00b\r\nContent-Length: 45\r\n\r\n" + BODY,
+    "NUL in a name": HEAD + b"X\x00: a\r\nContent-Length: 45\r\n\r\n" + BODY,
+    "bare CR in a header": HEAD + b"X: a\rContent-Length: 45\r\n\r\n" + BODY,
+    "chunk size with 0x": HEAD + b"Transfer-Encoding: chunked\r\n\r\n0x2d\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "chunk size with a plus": HEAD + b"Transfer-Encoding: chunked\r\n\r\n+2d\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "chunk size that overflows": HEAD + b"Transfer-Encoding: chunked\r\n\r\nfffffffffffffffff\r\n",
+    "chunk size empty": HEAD + b"Transfer-Encoding: chunked\r\n\r\n\r\n" + BODY,
+    "chunk without its end": HEAD + b"Transfer-Encoding: chunked\r\n\r\n2\r\n" + BODY + b"\r\n0\r\n\r\n",
+    "no version": b"GET /version\r\n\r\n",
+    "unknown version": b"GET /version HTTP/3.7\r\nHost: localhost\r\n\r\n",
+    "not HTTP": b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 64,
+    "HTTP/2 preface": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+    "unknown method": b"BREW /version HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "space in the path": b"GET /ver sion HTTP/1.1\r\nHost: localhost\r\n\r\n",
+    "no host": b"GET /version HTTP/1.1\r\n\r\n",
+    "two hosts": b"GET /version HTTP/1.1\r\nHost: a\r\nHost: b\r\n\r\n",
+    "host with a path": b"GET /version HTTP/1.1\r\nHost: a/livez?\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("name", SMUGGLING)
+def test_what_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_answered(wire, name):
+    received = exchange(wire, SMUGGLING[name] + (b"" if "host" in name else TAIL), timeout=1.5)
+    assert status_of(received) == 400, received
+    assert received.count(b"HTTP/1.1 ") == 1, received
+    head, _, body = received.partition(b"\r\n\r\n")
+    error = json.loads(body)["error"]
+    assert set(error) == {"message", "type", "param", "code"}
+    assert b"x-request-id: " in head.lower()
+    assert not wire.engine.running
+    assert httpx.post(wire.url + "/v1/completions", json=json.loads(BODY)).json()["choices"][0]["text"] == "ok"
+
+
+def test_pipelined_requests_are_answered_in_order(wire):
+    request = HEAD + b"Content-Length: 45\r\n\r\n" + BODY
+    received = exchange(wire, request + TAIL + request, timeout=1.5)
+    assert received.count(b"HTTP/1.1 200 ") == 3
+    assert received.index(b"text_completion") < received.index(b'{"version"') < received.rindex(b"text_completion")
+
+
+def test_chunked_body_with_extensions_and_trailers_is_one_body(wire):
+    data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n10;a=b\r\n" + BODY[:16] + b"\r\n1d\r\n" + BODY[16:] + b"\r\n0\r\nX: y\r\n\r\n"
+    received = exchange(wire, data + TAIL, timeout=1.5)
+    assert received.count(b"HTTP/1.1 200 ") == 2
+
+
+@pytest.mark.parametrize(
+    ("head", "status"),
+    [
+        (b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 20_000 + b"\r\n\r\n", 431),
+        (b"GET /version HTTP/1.1\r\nHost: localhost\r\nX: " + b"y" * 200_000, 431),
+        (b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 101 + b"\r\n", 431),
+        (b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + b"X: y\r\n" * 100_000, 431),
+        (b"GET /" + b"x" * 9000 + b" HTTP/1.1\r\nHost: localhost\r\n\r\n", 414),
+        (b"GET /" + b"x" * 200_000, 414),
+        (b"X" * 200_000, 400),
+    ],
+    ids=["header", "endless header", "headers", "endless headers", "url", "endless url", "no request"],
+)
+def test_heads_that_are_too_large(wire, head, status):
+    received = exchange(wire, head)
+    # A client that keeps sending may see the connection reset before it reads the answer.
+    assert received == b"" or status_of(received) in (status, 431), received[:200]
+    if len(head) < 60_000:
+        assert status_of(received) == status
+        assert json.loads(received.partition(b"\r\n\r\n")[2])["error"]["code"]
+    assert httpx.get(wire.url + "/version").status_code == 200
+
+
+def test_a_head_in_small_pieces_is_one_head(wire):
+    with wire.connect() as connection:
+        for byte in HEAD + b"Content-Length: 45\r\n\r\n" + BODY:
+            connection.sendall(bytes([byte]))
+        assert connection.recv(65536).startswith(b"HTTP/1.1 200 ")
+
+
+class Hasty(GuardedProtocol):
+    HEAD_TIMEOUT_S = 0.5
+    STALL_TIMEOUT_S = 0.7
+
+
+def test_slow_heads_are_cut_off_and_harm_nobody(make_server):
+    server = make_server(protocol=Hasty)
+    slow = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(50)]
+    began = time.monotonic()
+    for connection in slow[:25]:
+        connection.sendall(b"GET /version HT")
+    assert httpx.get(server.url + "/version").status_code == 200
+    for i, connection in enumerate(slow):
+        connection.settimeout(5)
+        received = connection.recv(65536)
+        assert status_of(received) == 408, (i, received)
+        assert connection.recv(1) == b""
+        connection.close()
+    assert time.monotonic() - began < 4.0
+
+
+def test_blank_lines_do_not_hold_a_connection_open(make_server):
+    server = make_server(protocol=Hasty)
+    with server.connect() as connection:
+        connection.sendall(b"GET /version HTTP/1.1\r\nHost: a\r\n\r\n")
+        assert status_of(connection.recv(65536)) == 200
+        connection.settimeout(5)
+        connection.sendall(b"\r\n")
+        assert status_of(connection.recv(65536)) == 408
+
+
+def test_a_slow_head_behind_a_running_answer_does_not_cut_it(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.05), protocol=Hasty)
+    body = b'{"model":"echo","prompt":"' + b"x" * 25 + b'","max_tokens":25}'
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body + b"GET /ver")
+        connection.settimeout(5)
+        assert status_of(connection.recv(65536)) == 200
+
+
+def test_a_slow_body_is_408(make_server, monkeypatch):
+    monkeypatch.setattr(body_module, "BODY_IDLE_S", 0.4)
+    server = make_server()
+    received = exchange(server, HEAD + b"Content-Length: 45\r\n\r\n" + BODY[:10])
+    assert status_of(received) == 408
+    assert b"connection: close" in received
+
+
+def test_a_large_body_is_refused_while_it_comes_in(make_server):
+    server = make_server(config=ServerConfig(max_body_bytes=100_000))
+    declared = exchange(server, HEAD + b"Content-Length: 100000000\r\n\r\n{", timeout=2.0)
+    assert status_of(declared) == 413
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
+        sent = 0
+        try:
+            while sent < 50_000_000:
+                connection.sendall(b"4000\r\n" + b" " * 0x4000 + b"\r\n")
+                sent += 0x4000
+        except (ConnectionResetError, BrokenPipeError):
+            pass
+        assert sent < 20_000_000  # what the kernel's buffers hold at most
+    assert httpx.get(server.url + "/version").status_code == 200
+
+
+def until(condition, seconds=3.0):
+    deadline = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < deadline, "it did not happen in time"
+        time.sleep(0.005)
+
+
+def send_generation(connection, **fields):
+    body = json.dumps({"model": "echo", "prompt": "x" * 400, "max_tokens": 100, **fields}).encode()
+    connection.sendall(HEAD + b"Content-Length: %d\r\n\r\n" % len(body) + body)
+
+
+@pytest.mark.parametrize("reset", [False, True], ids=["close", "reset"])
+@pytest.mark.parametrize("fields", [{}, {"n": 4}, {"prompt": ["x" * 300] * 3}], ids=["one", "n=4", "three prompts"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_ends_its_requests(make_server, stream, fields, reset):
+    server = make_server(FakeAsyncEngine(step_s=0.01))
+    with server.connect() as connection:
+        send_generation(connection, stream=stream, **fields)
+        if stream:
+            assert connection.recv(100).startswith(b"HTTP/1.1 200")
+        until(lambda: server.engine.emitted > 5)
+        if reset:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 1.0)
+    emitted = server.engine.emitted
+    time.sleep(0.05)
+    assert server.engine.emitted == emitted
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_goes_away_while_it_waits(make_server, stream):
+    server = make_server()
+    server.engine.gate.clear()  # in the queue: no event comes
+    with server.connect() as connection:
+        send_generation(connection, stream=stream)
+        until(lambda: server.engine.running)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 1.0)
+
+
+def test_a_client_that_goes_away_in_its_body(make_server):
+    server = make_server()
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 45\r\n\r\n" + BODY[:10])
+        until(lambda: len(server.service.calls) == 1)
+    until(lambda: len(server.service.calls) == 0, 1.0)
+    assert not server.engine.submitted
+
+
+def test_a_client_that_does_not_read_is_cut_off_and_holds_up_nobody(make_server):
+    server = make_server(FakeAsyncEngine(max_model_len=100_000), protocol=Hasty)
+    server.engine.reply = lambda request: request.prompt * 2000
+    with socket.socket() as connection:
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+        connection.connect(("127.0.0.1", server.port))
+        send_generation(connection, stream=True, prompt="x" * 20, max_tokens=40_000, logprobs=20)
+        until(lambda: server.engine.emitted > 50)
+        until(lambda: len(server.service.calls) == 0, 8.0)
+        assert server.engine.emitted < 39_000
+    assert not server.engine.running
+    assert httpx.post(server.url + "/v1/completions", json=json.loads(BODY)).status_code == 200
+
+
+def test_a_silent_stream_gets_comments(make_server, monkeypatch):
+    from jaxpaged.server import generate
+
+    monkeypatch.setattr(generate, "PING_S", 0.15)
+    server = make_server()
+    server.engine.gate.clear()
+    threading.Timer(0.8, lambda: server.engine.loop.call_soon_threadsafe(server.engine.gate.set)).start()
+    body = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "stream": True}
+    text = httpx.post(server.url + "/v1/chat/completions", json=body).text
+    assert 2 <= text.count(": ping\n\n") <= 6
+    assert text.startswith(": ping\n\n")
+    assert text.endswith("data: [DONE]\n\n")
+
+
+def test_many_clients_at_once(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.001))
+    answers = {}
+
+    def ask(i):
+        body = {"model": "echo", "prompt": f"client {i}", "max_tokens": 50}
+        answers[i] = httpx.post(server.url + "/v1/completions", json=body, timeout=30).json()["choices"][0]["text"]
+
+    threads = [threading.Thread(target=ask, args=(i,)) for i in range(60)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert answers == {i: f"client {i}" for i in range(60)}
+    assert not server.engine.running
