@@ -119,9 +119,9 @@ class _Likeliest(NamedTuple):
     """The first of the most likely tokens of each row, found through maxima of blocks of 64 tokens.
 
     Attributes:
-        maxima: float32 [S, V / 64], NaN where a block holds any.
+        maxima: float32 [S, V / 64].
         value: float32 [S], the largest logit.
-        valid: bool [S], whether it is finite: no NaN, no +inf, not all -inf.
+        valid: bool [S], whether the row holds no NaN and no +inf, and something other than -inf.
         ids: int32 [S].
     """
 
@@ -137,7 +137,8 @@ def _likeliest(x: Float[Array, "S V"]) -> _Likeliest:
     value = jnp.max(maxima, axis=-1)
     block = jnp.argmax(maxima, axis=-1)  # much faster on a CPU than an argmax over all
     index = jnp.argmax(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0], axis=-1)
-    return _Likeliest(maxima, value, jnp.isfinite(value), (block * _BLOCK + index).astype(jnp.int32))
+    no_nan = ~jnp.isnan(jnp.sum(x, axis=-1))  # XLA's maximum on a CPU may lose a NaN, a sum does not
+    return _Likeliest(maxima, value, jnp.isfinite(value) & no_nan, (block * _BLOCK + index).astype(jnp.int32))
 
 
 def _in_blocks(x: Float[Array, "S V"]) -> Float[Array, "S B 64"]:
@@ -473,7 +474,7 @@ def slot_rows(
     """Builds what a slot must hold for a request, on the host.
 
     Args:
-        vocab_size: V; every id must be below it.
+        vocab_size: V; every id must be below it, stop ids excepted.
         prompt: Token ids of the prompt.
         output: Token ids sampled so far (a sequence that was preempted comes back with some).
         stop_token_ids: Every id that ends the sequence, the model's included.
@@ -490,6 +491,7 @@ def slot_rows(
     suppressing = min_tokens > len(output) and bool(stop_token_ids)
     if not (biased or penalties or suppressing):
         return None
+    stops = [token_id for token_id in stop_token_ids if token_id < vocab_size]  # a checkpoint may name others
     bias, flags = np.zeros(vocab_size, np.float32), np.zeros(vocab_size, np.int32)
     if allowed_token_ids is not None:
         bias[:] = -np.inf
@@ -500,5 +502,5 @@ def slot_rows(
     if penalties:
         np.add.at(flags, np.asarray(output, np.int64), int(TokenFlag.OUTPUT_ONE))
         flags[np.asarray(prompt, np.int64)] |= int(TokenFlag.IN_PROMPT)
-    flags[np.asarray(stop_token_ids, np.int64)] |= int(TokenFlag.STOPS)
+    flags[np.asarray(stops, np.int64)] |= int(TokenFlag.STOPS)
     return bias, flags
