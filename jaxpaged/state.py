@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import enum
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
@@ -122,6 +123,96 @@ class StepInputs:
         inputs.targets[:] = -1
         inputs.floats[3] = 1.0  # repetition penalty
         return inputs
+
+    @classmethod
+    def pack(
+        cls,
+        prompts: Sequence[Sequence[int]],
+        *,
+        page_ids: Sequence[Sequence[int]],
+        page_size: int,
+        num_computed: Sequence[int] | None = None,
+        prompt_lens: Sequence[int] | None = None,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        min_p: float = 0.0,
+        seeds: Sequence[int] | None = None,
+        logprobs: bool = False,
+        prompt_logprobs: bool = False,
+        num_tokens: int | None = None,
+        num_rows: int | None = None,
+        table_width: int | None = None,
+        max_num_seqs: int | None = None,
+    ) -> StepInputs:
+        """Packs sequences of known tokens into one step, each in the row and the slot of its index; every row samples.
+
+        Args:
+            prompts: All token ids of each sequence so far. Sequences with one new token come first.
+            page_ids: Pages of each sequence in logical order, enough for its tokens; never the null page.
+            page_size: B, token positions in a page.
+            num_computed: Tokens of each sequence whose K/V is in the pool already; default none.
+            prompt_lens: Tokens that are prompt; default all (only scalings that look at a text's length ask).
+            temperature: Below 1e-5 takes the most likely token; above needs a ``SamplingState`` in the step.
+            top_k: Most likely tokens to keep in each row; 0 for all.
+            top_p: Probability mass to keep, in (0, 1].
+            min_p: Least probability to keep, as a share of the largest.
+            seeds: 64-bit seed of each sequence; default its index.
+            logprobs: Whether the step returns log-probabilities of the sampled tokens.
+            prompt_logprobs: The same of the prompts' tokens.
+            num_tokens: T to pad to; default what is needed. One size is one program.
+            num_rows: S to pad to.
+            table_width: P to pad to.
+            max_num_seqs: M of the sampling state; default S.
+
+        Raises:
+            ValueError: Lengths do not agree, pages are missing, or a size is too small.
+        """
+        count = len(prompts)
+        starts = np.asarray(num_computed if num_computed is not None else [0] * count, np.int32)
+        ends = np.array([len(prompt) for prompt in prompts], np.int32)
+        needed = [-(-int(end) // page_size) for end in ends]
+        total, rows = int((ends - starts).sum()), num_rows or count
+        width = table_width or max((len(pages) for pages in page_ids), default=1)
+        if not count == len(page_ids) == len(starts) or (ends <= starts).any() or (starts < 0).any():
+            raise ValueError(f"{count} prompts need as many lists of page_ids and num_computed below their lengths {ends.tolist()}")
+        if any(len(pages) < n or len(pages) > width or min(pages) < 1 for pages, n in zip(page_ids, needed, strict=True)):
+            raise ValueError(f"the sequences need {needed} pages with ids from 1, at most table_width={width} each; got {page_ids}")
+        if total > (num_tokens or total) or count > rows:
+            raise ValueError(f"{count} rows of {total} new tokens do not fit num_rows={num_rows}, num_tokens={num_tokens}")
+        inputs = cls.zeros(num_tokens or total, rows, width, max_num_seqs=max_num_seqs or rows)
+        inputs.lay_out(starts, ends - starts)
+        inputs.slots[:count] = np.arange(count)
+        inputs.prompt_lens[:count] = ends if prompt_lens is None else prompt_lens
+        random = RowFlag.RANDOM if temperature >= 1e-5 else RowFlag(0)
+        asked = RowFlag.LOGPROBS * logprobs | RowFlag.PROMPT_LOGPROBS * prompt_logprobs
+        inputs.flags[:count] = RowFlag.SAMPLES | random | asked
+        inputs.top_k[:count] = max(top_k, 0)
+        inputs.floats[:3, :count] = np.array([[temperature], [top_p], [min_p]], np.float32)
+        for row, (prompt, pages) in enumerate(zip(prompts, page_ids, strict=True)):
+            at = slice(inputs.cu_q_lens[row], inputs.cu_q_lens[row + 1])
+            inputs.tokens[at] = prompt[starts[row] :]
+            inputs.block_tables[row, : len(pages)] = pages
+            if prompt_logprobs:
+                inputs.targets[at][:-1] = prompt[starts[row] + 1 :]
+            words = np.array([(row if seeds is None else seeds[row]) % 2**64], "<u8").view("<i4")
+            inputs.seed_low[row], inputs.seed_high[row] = words
+        return inputs
+
+    def lay_out(self, starts: Int[np.ndarray, " R"], lengths: Int[np.ndarray, " R"]) -> None:
+        """Writes where the rows' tokens lie: ``positions``, ``kv_lens``, ``cu_q_lens``, ``distribution``.
+
+        Args:
+            starts: Position of each row's first new token.
+            lengths: Each row's new tokens, at least 1; rows of a single token first.
+        """
+        count, total = len(lengths), int(lengths.sum())
+        self.kv_lens[:count] = starts + lengths
+        self.cu_q_lens[1 : count + 1] = np.cumsum(lengths)
+        self.cu_q_lens[count + 1 :] = total
+        self.positions[:total] = np.repeat(starts - self.cu_q_lens[:count], lengths) + np.arange(total)
+        num_single = int(np.argmax(np.append(lengths, 0) != 1))
+        self.distribution[:] = (num_single, num_single, count)
 
     @property
     def tokens(self) -> Int[Array, " T"]:

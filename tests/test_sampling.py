@@ -444,9 +444,15 @@ def test_slot_rows_say_what_a_request_needs() -> None:
     assert sampling.slot_rows(10, min_tokens=3) is None
     assert sampling.slot_rows(10, stop_token_ids=[2], min_tokens=3, output=[1, 1, 1]) is None
     bias, flags = sampling.slot_rows(
-        6, prompt=[1, 1, 2], output=[2, 3, 3], stop_token_ids=[5, 99], logit_bias={0: 2.5, 4: 1.0, 2: -1.0}, allowed_token_ids=[0, 1, 4], bad_token_ids=[4],
+        6,
+        prompt=[1, 1, 2],
+        output=[2, 3, 3],
+        stop_token_ids=[5, 99],
+        logit_bias={0: 2.5, 4: 1.0, 2: -1.0},
+        allowed_token_ids=[0, 1, 4],
+        bad_token_ids=[4],
         penalties=True,
-    )  # fmt: skip
+    )
     np.testing.assert_array_equal(bias, np.array([2.5, 0, -np.inf, -np.inf, -np.inf, -np.inf], np.float32))
     assert flags.tolist() == [0, 1, 1 + 4, 8, 0, 2]
     assert (bias.dtype, flags.dtype) == (np.float32, np.int32)

@@ -52,22 +52,17 @@ class BatchBuilder:
         count = len(plan.work)
         num_decode = int(np.count_nonzero(lengths == 1))
 
+        inputs.lay_out(starts, lengths)
         inputs.slots[:count] = slots
-        inputs.kv_lens[:count] = starts + lengths
         inputs.flags[:count] = flags
         inputs.prompt_lens[:count], inputs.top_k[:count], inputs.seed_low[:count], inputs.seed_high[:count] = self._ints[:, slots]
         inputs.floats[:, :count] = self._floats[:, slots]
         inputs.block_tables[:count] = self._tables[slots]
-        inputs.cu_q_lens[1 : count + 1] = np.cumsum(lengths)
-        inputs.cu_q_lens[count + 1 :] = plan.num_tokens
-        inputs.distribution[:] = (num_decode, num_decode, count)
         inputs.tokens[:num_decode] = first_tokens[:num_decode]
-        inputs.positions[:num_decode] = starts[:num_decode]
 
         at = num_decode
         for work in itertools.islice(plan.work, num_decode, None):
             inputs.tokens[at : at + work.num_new_tokens] = work.token_ids()
-            inputs.positions[at : at + work.num_new_tokens] = np.arange(work.start, work.end, dtype=np.int32)
             at += work.num_new_tokens
         if (flags & RowFlag.PROMPT_LOGPROBS).any():
             _set_targets(inputs, plan)
