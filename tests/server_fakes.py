@@ -14,7 +14,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.engine.status import EngineInfo, EngineStatus
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import EngineStopped, QueueFull
+from jaxpaged.errors import ConfigError, EngineStopped, QueueFull
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
 from jaxpaged.scheduling.request import FinishReason, Request
 
@@ -66,7 +66,7 @@ class FakeStream(AsyncIterator[TokenEvent]):
     async def __anext__(self) -> TokenEvent:
         await self._engine.beat()
         while True:
-            if self._engine.state == "stopped":
+            if self._engine.state in ("stopped", "failed"):
                 raise EngineStopped("the engine is stopped")
             if not any(self._pending.values()):
                 self.close()
@@ -102,6 +102,8 @@ class FakeAsyncEngine:
         self.state = "ready"
         self.detail = ""
         self.stalled_s = 0.0
+        self.load_error: str | None = None
+        self.fail_after_s: float | None = None
         self.max_calls = max_calls
         self.step_s = step_s
         self.gate = asyncio.Event()
@@ -135,8 +137,12 @@ class FakeAsyncEngine:
         pass
 
     async def wait_ready(self) -> EngineInfo:
+        if self.load_error is not None:
+            raise ConfigError(self.load_error)
         while self.state in ("loading", "compiling"):
             await asyncio.sleep(0.01)
+        if self.fail_after_s is not None:
+            asyncio.get_running_loop().call_later(self.fail_after_s, setattr, self, "state", "failed")
         return self.info
 
     async def beat(self) -> None:

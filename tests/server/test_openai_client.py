@@ -1,0 +1,172 @@
+"""The real openai client over a real socket: what it sends is understood, what it gets it understands."""
+
+import asyncio
+
+import openai
+import pytest
+from server_fakes import FakeAsyncEngine
+
+from jaxpaged.config import ServerConfig
+
+MESSAGES = [{"role": "user", "content": "hi"}]
+REPLY = "user\nhi"
+
+
+@pytest.fixture(scope="module")
+def url():
+    from conftest import LoopbackServer
+
+    server = LoopbackServer(FakeAsyncEngine(), ServerConfig(api_key=("sk-test",)))
+    yield server.url + "/v1"
+    server.close()
+
+
+@pytest.fixture(scope="module")
+def ai(url):
+    with openai.OpenAI(base_url=url, api_key="sk-test", max_retries=0) as made:
+        yield made
+
+
+def test_models(ai):
+    assert [model.id for model in ai.models.list()] == ["echo"]
+    assert ai.models.retrieve("echo").id == "echo"
+    with pytest.raises(openai.NotFoundError):
+        ai.models.retrieve("other")
+
+
+def test_chat(ai):
+    answer = ai.chat.completions.create(model="echo", messages=MESSAGES, temperature=0, user="me", store=False, metadata={"a": "b"})
+    assert answer.choices[0].message.content == REPLY
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage.total_tokens == 30
+    assert answer.id == "chatcmpl-" + answer._request_id
+
+
+def test_chat_stream(ai):
+    chunks = list(ai.chat.completions.create(model="echo", messages=MESSAGES, stream=True, stream_options={"include_usage": True}))
+    assert "".join(chunk.choices[0].delta.content or "" for chunk in chunks[:-1]) == REPLY
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert chunks[-2].choices[0].finish_reason == "stop"
+    assert (chunks[-1].choices, chunks[-1].usage.completion_tokens) == ([], 9)
+
+
+def test_chat_stream_helper(ai):
+    with ai.chat.completions.stream(model="echo", messages=MESSAGES) as stream:
+        for _ in stream:
+            pass
+        assert stream.get_final_completion().choices[0].message.content == REPLY
+
+
+def test_chat_samples_and_logprobs(ai):
+    answer = ai.chat.completions.create(
+        model="echo",
+        messages=MESSAGES,
+        n=3,
+        logprobs=True,
+        top_logprobs=3,
+        max_completion_tokens=2,
+        seed=7,
+        logit_bias={"5": -100},
+        stop=["zz"],
+    )
+    assert [choice.index for choice in answer.choices] == [0, 1, 2]
+    for choice in answer.choices:
+        assert choice.finish_reason == "length"
+        assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [3, 3]
+        assert bytes(choice.logprobs.content[1].bytes) == b"u"
+
+
+def test_extra_fields_of_vllm(ai):
+    extra = {"top_k": 5, "min_p": 0.1, "repetition_penalty": 1.1, "ignore_eos": True, "skip_special_tokens": False, "prompt_logprobs": 1}
+    answer = ai.chat.completions.create(model="echo", messages=MESSAGES, max_tokens=10, extra_body=extra)
+    assert answer.choices[0].message.content.startswith("<|im_start|>user")
+    assert len(answer.prompt_logprobs) == 21
+
+
+@pytest.mark.parametrize("prompt", ["hey", ["hey", "you"], [1, 2, 3], [[1, 2], [3, 4]]])
+@pytest.mark.parametrize("n", [1, 2])
+def test_completions_with_every_form_of_prompt(ai, prompt, n):
+    plain = ai.completions.create(model="echo", prompt=prompt, n=n, logprobs=2, echo=True)
+    texts = [choice.text for choice in plain.choices]
+    count = n * (len(prompt) if isinstance(prompt, list) and not isinstance(prompt[0], int) else 1)
+    assert len(texts) == count
+    assert all(len(choice.logprobs.tokens) == len(choice.logprobs.token_logprobs) for choice in plain.choices)
+    streamed = [""] * count
+    for chunk in ai.completions.create(model="echo", prompt=prompt, n=n, stream=True, echo=True):
+        streamed[chunk.choices[0].index] += chunk.choices[0].text
+    assert streamed == texts
+
+
+@pytest.mark.parametrize(
+    ("error", "body"),
+    [
+        (openai.BadRequestError, {"temperature": 9}),
+        (openai.BadRequestError, {"max_tokens": 100_000}),
+        (openai.BadRequestError, {"tools": [{"type": "function", "function": {"name": "f"}}]}),
+        (openai.BadRequestError, {"response_format": {"type": "json_object"}}),
+        (openai.NotFoundError, {"model": "gpt-4"}),
+    ],
+)
+def test_errors_are_the_clients_own(ai, error, body):
+    with pytest.raises(error) as caught:
+        ai.chat.completions.create(**({"model": "echo", "messages": MESSAGES} | body))
+    assert caught.value.param == next(iter(body))
+    assert caught.value.request_id
+
+
+def test_a_wrong_key(url):
+    with openai.OpenAI(base_url=url, api_key="wrong", max_retries=0) as other, pytest.raises(openai.AuthenticationError):
+        other.models.list()
+
+
+def test_a_fault_in_the_middle_of_a_stream_raises(make_server):
+    engine = FakeAsyncEngine()
+    engine.fail_at = (4, "numerical_error")
+    with openai.OpenAI(base_url=make_server(engine).url + "/v1", api_key="x", max_retries=0) as client:
+        text = ""
+        with pytest.raises(openai.APIError) as caught:
+            for chunk in client.chat.completions.create(model="echo", messages=MESSAGES, stream=True):
+                text += chunk.choices[0].delta.content or ""
+        assert (text, caught.value.code) == ("use", "numerical_error")
+
+
+def test_the_client_waits_and_retries_when_there_is_no_room(make_server):
+    engine = FakeAsyncEngine(max_calls=0)
+    original = engine.submit
+
+    def submit(request):
+        try:
+            return original(request)
+        except Exception as error:
+            error.retry_after_s = 1
+            raise
+        finally:
+            engine.max_calls = 1
+
+    engine.submit = submit
+    with openai.OpenAI(base_url=make_server(engine).url + "/v1", api_key="x", max_retries=2) as client:
+        assert client.completions.create(model="echo", prompt="hey").choices[0].text == "hey"
+
+
+def test_async_client(url):
+    async def ask(client, i):
+        stream = await client.completions.create(model="echo", prompt=f"number {i}", stream=True)
+        return "".join([chunk.choices[0].text async for chunk in stream])
+
+    async def go():
+        async with openai.AsyncOpenAI(base_url=url, api_key="sk-test", max_retries=0) as client:
+            return await asyncio.gather(*(ask(client, i) for i in range(20)))
+
+    assert asyncio.run(go()) == [f"number {i}" for i in range(20)]
+
+
+def test_leaving_a_stream_frees_it(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.02))
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="x") as client:
+        stream = client.completions.create(model="echo", prompt="x" * 300, max_tokens=200, stream=True)
+        next(iter(stream))
+        assert server.engine.running
+        stream.close()
+    from test_wire import until
+
+    until(lambda: not server.engine.running, 1.0)
