@@ -20,7 +20,7 @@ from jaxpaged.engine.status import EngineInfo
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.request import Request, SamplingParams
+from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
 """Text, ``{"prompt": text}``, ``{"prompt_token_ids": ids}``, or token ids."""
@@ -257,7 +257,7 @@ class LLM:
                             continue
                         job.take(delta)
                         if delta.finish_reason is not None and event.finish_reason is None:
-                            self._engine.abort(event.request_id, event.index)
+                            self._engine.abort(event.request_id, event.index, reason=FinishReason.STOP)
                         if job.finished and not was_finished:
                             speed.finished(job)
             except BaseException:  # an interrupt may have come in the middle of a step

@@ -29,7 +29,7 @@ from jaxpaged.engine.status import EngineInfo, EngineState, EngineStatus
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.errors import EngineStopped, GenerationError, JaxpagedError, QueueFull, RequestError
 from jaxpaged.scheduling.plan import TokenEvent
-from jaxpaged.scheduling.request import Request
+from jaxpaged.scheduling.request import FinishReason, Request
 
 logger = logging.getLogger(__name__)
 
@@ -52,6 +52,7 @@ class _Submit:
 class _Abort:
     request_id: str
     index: int | None
+    reason: FinishReason
 
 
 @dataclasses.dataclass(frozen=True)
@@ -254,9 +255,15 @@ class AsyncEngine:
         self._inbox.put(_Submit(request))
         return stream
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """Ends a request, or one of its samples; idempotent, unknown ids are ignored. Its stream still gets its last events."""
-        self._inbox.put(_Abort(request_id, index))
+    def abort(self, request_id: str, index: int | None = None, *, reason: FinishReason = FinishReason.ABORT) -> None:
+        """Ends a request, or one of its samples; idempotent, unknown ids are ignored. Its stream still gets its last events.
+
+        Args:
+            request_id: Whose.
+            index: Which sample; None for all.
+            reason: STOP where a stop string was found in the text, so that the metrics count it as such.
+        """
+        self._inbox.put(_Abort(request_id, index, reason))
 
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, lets the running ones finish for ``timeout_s`` seconds, then aborts the rest."""
@@ -386,8 +393,8 @@ class AsyncEngine:
                             accepted.append(request.id)
                         except (RequestError, QueueFull) as error:
                             refused.append((request.id, error))
-                    case _Abort(request_id, index):
-                        events += engine.abort(request_id, index)
+                    case _Abort(request_id, index, reason):
+                        events += engine.abort(request_id, index, reason=reason)
                 block = False
         return _News(tuple(accepted), tuple(refused), tuple(events))
 

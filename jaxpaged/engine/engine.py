@@ -109,9 +109,15 @@ class Engine:
         if was_idle:
             self.progress_at = self._clock()
 
-    def abort(self, request_id: str, index: int | None = None) -> list[TokenEvent]:
-        """Ends a request, or one of its samples, at any moment; returns the ends. Unknown ids give none."""
-        return self._send(self.scheduler.abort(request_id, index))
+    def abort(self, request_id: str, index: int | None = None, *, reason: FinishReason = FinishReason.ABORT) -> list[TokenEvent]:
+        """Ends a request, or one of its samples, at any moment; returns the ends. Unknown ids give none.
+
+        Args:
+            request_id: Whose.
+            index: Which sample; None for all.
+            reason: STOP where a stop string was found in the text.
+        """
+        return self._send([dataclasses.replace(event, finish_reason=reason) for event in self.scheduler.abort(request_id, index)])
 
     def step(self) -> list[TokenEvent]:
         """Dispatches the next step, then reads and commits the one before it.

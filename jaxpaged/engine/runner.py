@@ -137,7 +137,7 @@ class Runner:
         self._step = jit_flat_step(model, structure, attention)
         self._programs: dict[int, Any] = {}
         self._ready = False
-        self._dispatching = False
+        self._dispatching: tuple[int, int] | None = None
         self._warming = False
         self._pool: PagePool | None = None
         self._sampling: SamplingState | None = None
@@ -163,7 +163,7 @@ class Runner:
         Raises:
             Exception: Whatever XLA raises; the pool may be gone then, ``reset`` before the next dispatch.
         """
-        self._dispatching = True
+        self._dispatching = (plan.token_bucket, plan.slot_bucket)
         try:
             inputs = self._batch.build(plan)
             for work in plan.work:
@@ -171,7 +171,7 @@ class Runner:
                     self._write_slot(work)
             output = self._run(inputs)
         finally:
-            self._dispatching = False
+            self._dispatching = None
         output.tokens.copy_to_host_async()
         return InFlight(plan, output, inputs)
 
@@ -276,7 +276,8 @@ class Runner:
         if event == _COMPILE_EVENT and self._ready and self._dispatching:
             self.compilations_after_ready += 1
             self.compile_s += duration
-            logger.warning("a program was compiled while serving, in %.1f s; the compiled token buckets are %s", duration, sorted(self._programs))
+            message = "a program was compiled while serving, in %.1f s: token bucket %d, %d rows; compiled before: %s"
+            logger.warning(message, duration, *self._dispatching, sorted(self._programs))
 
 
 def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:

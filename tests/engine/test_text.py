@@ -1,0 +1,306 @@
+"""Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
+
+import random
+
+import pytest
+import tokenizers
+import transformers
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import decoders, models, normalizers, pre_tokenizers
+
+from jaxpaged.config import TINY_MODEL
+from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
+from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
+from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
+
+TEXTS = ["Hello, world!", " leading", "héllo wörld", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "\n\n\ttabs", "a\u0301 combining", "مرحبا", "🇩🇪🏳️‍🌈", "x" * 50]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return Tokenizer.load(TINY_MODEL)
+
+
+@pytest.fixture(scope="module")
+def sentencepiece():
+    """A tokenizer of Llama 2's kind: a space in front of words, byte tokens for what is not in the vocabulary."""
+    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581the", "\u2581cat", "s", "at", "c", "\u2581c", "é", "語"]
+    vocabulary = {word: index for index, word in enumerate(words)}
+    merges = [("\u2581", "c"), ("\u2581c", "at")]
+    model = models.BPE(vocabulary | {"\u2581cat": vocabulary["\u2581cat"]}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_encoding_and_decoding_are_inverse(tiny, text):
+    assert tiny.decode(tiny.encode(text)) == text
+
+
+def test_decoding_is_the_tokenizers_own(tiny):
+    rng = random.Random(0)
+    for _ in range(3000):
+        ids = [rng.randrange(tiny.vocab_size) for _ in range(rng.randrange(12))]
+        for skip in (True, False):
+            assert tiny.decode(ids, skip_special_tokens=skip) == tiny._plain.decode(ids, skip_special_tokens=skip)
+
+
+def test_decoding_sentencepiece_is_the_tokenizers_own_where_bytes_are_characters(sentencepiece):
+    rng = random.Random(1)
+    characters = [[3 + byte for byte in char.encode()] for char in "aß語👍"]
+    for _ in range(1000):
+        ids = [i for _ in range(rng.randrange(8)) for i in rng.choice([*characters, [1], [2], *[[i] for i in range(259, 268)]])]
+        for skip in (True, False):
+            assert sentencepiece.decode(ids, skip_special_tokens=skip) == sentencepiece._plain.decode(ids, skip_special_tokens=skip), ids
+
+
+@pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
+def test_streaming_adds_up_to_decoding(request, kind):
+    """For random ids, any split into prompt and output, halves of characters included."""
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(2)
+    for case in range(3000):
+        ids = [rng.randrange(tokenizer.vocab_size + 2) for _ in range(rng.randrange(1, 14))]
+        if case % 2:
+            text = "".join(rng.choice("aé日👍🇩 ") for _ in range(6))
+            ids = tokenizer.encode(text, add_special_tokens=False) + ids[:2]
+        split, skip = rng.randrange(len(ids) + 1), rng.random() < 0.5
+        detokenizer = IncrementalDetokenizer(tokenizer, ids[:split], skip_special_tokens=skip)
+        pieces = [detokenizer.push(token_id) for token_id in ids[split:]]
+        text = "".join(pieces) + detokenizer.flush()
+        whole, before = (tokenizer.decode(part, skip_special_tokens=skip) for part in (ids, ids[:split]))
+        if not before.endswith("\ufffd"):
+            assert before + text == whole
+        else:  # the rest of the prompt's last character belongs to the output
+            assert whole.endswith(text) and len(before) + len(text) - len(whole) in (0, 1, 2, 3)
+        for piece in pieces:
+            assert not (piece.endswith("\ufffd") and whole.count("\ufffd") < sum(p.count("\ufffd") for p in pieces))
+
+
+def test_half_characters_are_held_back(tiny):
+    ids = tiny.encode("👍")
+    assert len(ids) > 1
+    detokenizer = IncrementalDetokenizer(tiny)
+    assert [detokenizer.push(token_id) for token_id in ids] == [""] * (len(ids) - 1) + ["👍"]
+    assert detokenizer.flush() == ""
+
+
+def test_a_prompt_that_ends_in_half_a_character_is_completed_by_the_output(tiny):
+    ids = tiny.encode("ab👍")
+    detokenizer = IncrementalDetokenizer(tiny, ids[:-1])
+    assert detokenizer.push(ids[-1]) == "👍"
+
+
+# ------------------------------------------------------------------------------------------------------------- stop strings
+
+
+def oracle(text, stops, include):
+    """The first end of a match, reading character by character; the longest match of those that end there."""
+    for end in range(1, len(text) + 1):
+        found = [stop for stop in stops if text[:end].endswith(stop)]
+        if found:
+            stop = max(found, key=len)
+            return text[: end if include else end - len(stop)], stop
+    return text, None
+
+
+def stream(pieces, stops, include):
+    matcher, out = StopStrings(stops, include=include), ""
+    for piece in pieces:
+        text, stop = matcher.push(piece)
+        out += text
+        if stop is not None:
+            return out, stop
+    return out + matcher.flush(), None
+
+
+def cut(text, rng):
+    pieces = []
+    while text:
+        count = rng.randrange(0, 5)
+        pieces.append(text[:count])
+        text = text[count:]
+    return pieces
+
+
+@settings(max_examples=600, deadline=None)
+@given(
+    text=st.text("ab👍", max_size=24),
+    stops=st.lists(st.text("ab👍", min_size=1, max_size=5), max_size=4),
+    include=st.booleans(),
+    rng=st.randoms(use_true_random=False),
+)
+def test_stop_strings_are_found_as_in_the_full_text(text, stops, include, rng):
+    assert stream(cut(text, rng), stops, include) == oracle(text, stops, include)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.text("ab", max_size=20), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), rng=st.randoms(use_true_random=False))
+def test_no_more_than_a_possible_beginning_is_held_back(text, stops, rng):
+    """What has been sent is never part of a later match, and what is held back could be."""
+    matcher, sent, seen = StopStrings(stops), "", ""
+    for piece in cut(text, rng):
+        part, stop = matcher.push(piece)
+        sent, seen = sent + part, seen + piece
+        if stop is not None:
+            break
+        held = seen[len(sent) :]
+        assert not held or any(stop.startswith(held) for stop in stops)
+
+
+def events_of(ids, *, finish=FinishReason.LENGTH, group=1):
+    chunks = [tuple(ids[i : i + group]) for i in range(0, len(ids), group)]
+    return [TokenEvent("r", 0, chunk, finish_reason=finish if chunk is chunks[-1] else None) for chunk in chunks]
+
+
+def request_with(prompt=(5,), **params):
+    return Request(id="r", prompt=tuple(prompt), params=SamplingParams(**{"max_tokens": 100, **params}))
+
+
+def drive(tokenizer, request, events):
+    processor, text, ids, last = OutputProcessor(request, tokenizer), "", [], None
+    for event in events:
+        delta = processor.process(event)
+        if delta is not None:
+            text, ids, last = text + delta.text, [*ids, *delta.token_ids], delta
+    return processor, text, ids, last
+
+
+@pytest.mark.parametrize("group", [1, 2, 3, 7])
+@pytest.mark.parametrize("include", [False, True])
+def test_stop_strings_over_token_borders(tiny, group, include):
+    text = "Once upon a time there was 日本 👍 and a cat."
+    ids = tiny.encode(text)
+    for start in range(len(text)):
+        for length in (1, 2, 5):
+            stop = text[start : start + length]
+            expected = oracle(text, [stop], include)
+            processor, got, taken, last = drive(tiny, request_with(stop=[stop], include_stop_str_in_output=include), events_of(ids, group=group))
+            assert (got, last.stop_reason, last.finish_reason) == (*expected, "stop")
+            assert processor.finished and processor.num_output_tokens == len(taken)
+            assert taken == ids[: len(taken)]
+            assert stop in tiny.decode(taken) and stop not in tiny.decode(taken[:-1])
+
+
+def test_text_that_never_becomes_a_stop_string_comes_in_the_end(tiny):
+    ids = tiny.encode("the end of")
+    processor, text, taken, last = drive(tiny, request_with(stop=["of course"]), events_of(ids))
+    assert (text, taken, last.finish_reason, last.stop_reason) == ("the end of", ids, "length", None)
+
+
+@pytest.mark.parametrize("min_tokens", range(0, 12))
+def test_min_tokens_come_before_any_stop(tiny, min_tokens):
+    ids = tiny.encode("a b a b a b a b a b")
+    processor, text, taken, last = drive(tiny, request_with(stop=["a"], min_tokens=min_tokens), events_of(ids))
+    if last.stop_reason is not None:
+        assert len(taken) > min_tokens
+        assert tiny.token_text(taken[-1]).strip() == "a"
+    else:
+        assert taken == ids
+
+
+def test_after_its_end_a_sample_says_nothing_and_counts_nothing(tiny):
+    processor = OutputProcessor(request_with(stop=["b"]), tiny)
+    ids = tiny.encode("a b c d")
+    deltas = [processor.process(event) for event in events_of(ids)]
+    end = next(i for i, delta in enumerate(deltas) if delta.finish_reason)
+    assert deltas[end + 1 :] == [None] * (len(deltas) - end - 1) and end + 1 < len(deltas)
+    assert processor.num_output_tokens == end + 1
+    assert processor.process(TokenEvent("r", 0, finish_reason=FinishReason.ABORT)) is None
+
+
+def test_samples_are_kept_apart(tiny):
+    processor = OutputProcessor(request_with(n=2, stop=["!"]), tiny)
+    ids = tiny.encode("👍")
+    for token_id in ids[:-1]:
+        assert processor.process(TokenEvent("r", 0, (token_id,))).text == ""
+    assert processor.process(TokenEvent("r", 1, tuple(tiny.encode("x!")))).finish_reason == "stop"
+    assert not processor.finished
+    assert processor.process(TokenEvent("r", 0, (ids[-1],), finish_reason=FinishReason.STOP, stop_reason=7)).text == "👍"
+    assert processor.finished
+
+
+def test_special_tokens_are_left_out_or_shown(tiny):
+    ids = [*tiny.encode("hi"), tiny.eos_token_id]
+    assert drive(tiny, request_with(), events_of(ids))[1] == "hi"
+    assert drive(tiny, request_with(skip_special_tokens=False), events_of(ids))[1] == "hi" + tiny.eos_token
+
+
+def test_logprobs_carry_text_and_bytes_and_are_finite(tiny):
+    ids = tiny.encode("👍")
+    entry = TokenLogprobs(ids[0], float("-inf"), 3, ((5, -0.5), (ids[0], float("nan"))))
+    delta = OutputProcessor(request_with(logprobs=2), tiny).process(TokenEvent("r", 0, (ids[0],), (entry,), (entry,)))
+    (token,) = delta.logprobs
+    assert token.bytes == "👍".encode()[: len(token.bytes)] and token.text == "\ufffd"
+    assert token.logprob == LEAST_LOGPROB == token.top[1].logprob
+    assert [top.rank for top in token.top] == [1, 2]
+    assert delta.prompt_logprobs == delta.logprobs
+
+
+# ------------------------------------------------------------------------------------------------------------ chat templates
+
+
+def test_special_tokens_in_messages_are_text(tiny):
+    plain = tiny.apply_chat_template([{"role": "user", "content": "hi there"}])
+    counts = {i: plain.count(i) for i in tiny.special_token_ids}
+    for spelling in tiny._special_by_text:
+        for content in (f"hi {spelling} there", spelling, spelling * 3, f"{spelling[:4]}{spelling}{spelling[4:]}"):
+            for message in ({"role": "user", "content": content}, {"role": "user", "content": [{"type": "text", "text": part} for part in content]}):
+                ids = tiny.apply_chat_template([message])
+                assert {i: ids.count(i) for i in tiny.special_token_ids} == counts
+                assert content in tiny.decode(ids, skip_special_tokens=False)
+                assert not any(0xFDD0 <= ord(char) < 0xFDF0 for char in tiny.decode(ids))
+
+
+def test_ordinary_conversations_are_encoded_as_the_template_renders_them(tiny):
+    messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "日本 👍 <b>"}]
+    text = tiny._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert tiny.apply_chat_template(messages) == tiny.encode(text, add_special_tokens=False)
+
+
+def test_a_prefix_space_is_not_put_between_pieces(sentencepiece):
+    template = "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+    literal = sentencepiece.apply_chat_template([{"role": "user", "content": "c</s>s"}], chat_template=template)
+    assert literal[0] == 1 and literal[-1] == 2 and 2 not in literal[1:-1]
+    assert sentencepiece.decode(literal).strip() == "c</s>s"
+
+
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        ("{{ raise_exception('roles must alternate') }}", "roles must alternate"),
+        ("{% if %}", "chat template"),
+        ("{{ messages[5].content }}", "chat template"),
+        ("{{ messages.__class__.__mro__ }}", "chat template"),
+        ("{{ 1 / 0 }}", "chat template"),
+    ],
+)
+def test_template_errors_are_the_clients(tiny, template, expected):
+    from jaxpaged.errors import RequestError
+
+    with pytest.raises(RequestError, match=expected) as caught:
+        tiny.apply_chat_template([{"role": "user", "content": "x"}], chat_template=template)
+    assert caught.value.status == 400 and caught.value.param == "messages"
+
+
+def test_template_variables_cannot_replace_ours(tiny):
+    from jaxpaged.errors import RequestError
+
+    with pytest.raises(RequestError) as caught:
+        tiny.apply_chat_template([{"role": "user", "content": "x"}], template_kwargs={"tokenize": True})
+    assert caught.value.param == "chat_template_kwargs"
+
+
+def test_threads_share_a_tokenizer(tiny):
+    from concurrent.futures import ThreadPoolExecutor
+
+    messages = [{"role": "user", "content": "hello " * 50 + "<|im_end|>"}]
+    expected = tiny.apply_chat_template(messages), tiny.encode("abc " * 100)
+    with ThreadPoolExecutor(8) as threads:
+        results = list(threads.map(lambda _: (tiny.apply_chat_template(messages), tiny.encode("abc " * 100)), range(64)))
+    assert all(result == expected for result in results)
