@@ -11,8 +11,8 @@ and a step computes some of them. When it reaches the last one, it samples the n
 The order is first come, first served, and it holds at any moment: every running sequence arrived before every waiting one, and a
 waiting sequence that does not fit yet blocks those behind it.
 
-1. Running sequences first, oldest first. Each is owed one token of the budget, so a decode never waits behind another's prompt; what is
-   left over goes to the oldest that can use it.
+1. Running sequences first, oldest first. Each is owed one token of the budget, so a decode never waits behind another's prompt (not even
+   that of an elder who had waited for pages); what is left over goes to the oldest that can use it.
 2. Pages are taken when a step is about to write them. If too few are free, the youngest is preempted, but only by an elder, and only
    if pages that come back by themselves (deferred behind steps in flight) do not cover the need. Until it is met, nobody younger
    takes a page.
@@ -53,7 +53,7 @@ row for reasons of its own costs time and no request."""
 
 HEADROOM = 1
 """Pages kept free, at admission, for each running sequence (a watermark). ``tests/scheduling/headroom.py`` measures it on four
-workloads that overfill the pool: against none, one page takes 62 % of the preemptions and 9 % of the modelled time away, and adds 1 % to
+workloads that overfill the pool: against none, one page takes 63 % of the preemptions and 9 % of the modelled time away, and adds 1 % to
 the steps; a second one takes little more."""
 
 

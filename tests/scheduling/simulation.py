@@ -37,7 +37,7 @@ from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams, S
 from jaxpaged.scheduling.scheduler import Scheduler
 
 VOCAB = 50
-MAX_CALLS = 100_000
+MAX_CALLS = 20_000
 
 
 @dataclasses.dataclass
@@ -64,11 +64,10 @@ def make_scheduler(
     max_num_seqs: int = 4,
     max_num_batched_tokens: int = 16,
     buckets=None,
-    make=Scheduler,
     **options,
 ) -> Scheduler:
     """Makes a scheduler with small defaults."""
-    return make(
+    return Scheduler(
         num_pages=num_pages,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
@@ -329,13 +328,13 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     max_num_seqs = rng.choice((1, 2, 3, 5, 8))
     budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
     scheduler = make_scheduler(
-        num_pages=rng.choice((3, 5, 7, 10, 15)),
+        num_pages=rng.choice((3, 5, 7, 10, 10, 15, 15, 30)),
         page_size=rng.choice((1, 2, 3, 4, 8)),
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
         max_model_len=rng.choice((10_000, 10_000, 20)),
         buckets=rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
-        long_prefill_token_threshold=rng.choice((0, 0, 1, 3, 7)),
+        long_prefill_token_threshold=rng.choice((0, 0, 1, 2, 5)),
         max_waiting=rng.choice((1024, 1024, 3)),
         clock=lambda: 0.0,
     )
@@ -344,19 +343,18 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     fault_rate = rng.choice((0.0, 0.0, 0.0, 0.02))
     abort_rate = rng.choice((0.0, 0.03, 0.2))
     arrival_rate = rng.choice((0.1, 0.4, 0.9))
-    poison = {f"r{rng.randrange(num_requests)}"} if rng.random() < 0.15 else set()
-    broken = {f"r{rng.randrange(num_requests)}"} if rng.random() < 0.15 else set()
+    poison = {f"r{rng.randrange(num_requests)}"} if rng.random() < 0.2 else set()
+    broken = {f"r{rng.randrange(num_requests)}"} if rng.random() < 0.2 else set()
     poison_from = rng.randrange(6)
 
     def fails(plan: StepPlan) -> bool:
-        return rng.random() < fault_rate or any(
-            w.sequence.request.id in poison and w.samples and w.num_output >= poison_from for w in plan.work
-        )
+        poisoned = (work for work in plan.work if work.sequence.request.id in poison)
+        return rng.random() < fault_rate or any(work.samples and work.num_output >= poison_from for work in poisoned)
 
     def invalid(sequence: Sequence, num_output: int) -> bool:
         return sequence.request.id in broken and num_output == 2
 
-    world = World(scheduler, depth=rng.choice((0, 1, 1, 2)), fails=fails, invalid=invalid)
+    world = World(scheduler, depth=rng.choice((0, 1, 1, 2, 3)), fails=fails, invalid=invalid)
     growth = rng.choice((0.0, 0.5, 1.0))
     left = [_random_request(rng, i, scheduler, growth) for i in reversed(range(num_requests))]
     for _ in range(MAX_CALLS):

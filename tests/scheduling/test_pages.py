@@ -206,7 +206,7 @@ TestAllocatorMachine.settings = settings(max_examples=150, stateful_step_count=6
 
 
 def random_calls(seed: int, calls: int, *, make=PageAllocator, check_every: int = 25) -> None:
-    """Makes random calls: counters are checked after each, every page after each ``check_every`` of them, and at the end nothing is left."""
+    """Makes random calls; counters are checked after each, every page after ``check_every`` of them, and nothing is left at the end."""
     rng = random.Random(seed)
     draw = rng.random
     model = Model(rng.choice((2, 3, 9, 33, 65)), make)

@@ -450,9 +450,11 @@ def test_what_always_fails_ends_alone(depth, when):
 
 def test_two_that_always_fail_end_and_nobody_else():
     bad = {"bad1", "bad2"}
-    world = World(
-        make_scheduler(max_num_seqs=6), fails=lambda plan: any(w.sequence.request.id in bad and w.num_output > 1 for w in plan.work)
-    )
+
+    def fails(plan):
+        return any(work.sequence.request.id in bad and work.num_output > 1 for work in plan.work)
+
+    world = World(make_scheduler(max_num_seqs=6), fails=fails)
     for name in ("a", "bad1", "b", "bad2", "c"):
         world.add(make_request(name, 5, 12))
     world.drain()

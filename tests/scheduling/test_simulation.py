@@ -15,9 +15,8 @@ from scheduling.simulation import World, make_request, make_scheduler, simulate
 
 RUNS = 2000
 BLOCKS = 20
-FAILED_SEEDS = [
-    int(line.split("#")[0]) for line in (Path(__file__).parent / "failed_seeds.txt").read_text().splitlines() if line.split("#")[0].strip()
-]
+LINES = (Path(__file__).parent / "failed_seeds.txt").read_text().splitlines()
+FAILED_SEEDS = [int(line.split("#")[0]) for line in LINES if not line.startswith("#")]
 
 
 @pytest.mark.parametrize("seed", FAILED_SEEDS)
