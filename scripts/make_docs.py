@@ -5,6 +5,7 @@ A generated part stands between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`
 """
 
 import argparse
+import json
 import re
 import sys
 import typing
@@ -13,6 +14,8 @@ from pathlib import Path
 
 from jaxpaged.config import TINY_MODEL, EngineConfig, Option, ServerConfig, iter_options
 from jaxpaged.flags import LACKING
+from jaxpaged.scheduling.fields import SAMPLING_FIELDS
+from jaxpaged.server.fields import ENDPOINTS, Status
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -50,10 +53,48 @@ def lacking_table() -> str:
     return "\n".join(["| flag of vLLM | answer |", "|---|---|", *(f"| `--{name}` | {hint} |" for name, hint in LACKING.items())])
 
 
+def sampling_table() -> str:
+    """Returns the sampling fields as a Markdown table."""
+    rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    for field in SAMPLING_FIELDS:
+        shown = "" if field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{field.name}` | {field.allowed()} | {shown} | {field.meaning} |")
+    return "\n".join(rows)
+
+
+def fields_table(path: str, status: Status) -> str:
+    """Returns an endpoint's fields of one fate."""
+    fields = [field for field in ENDPOINTS[path] if field.status == status]
+    if status == "no effect":
+        return ", ".join(f"`{field.name}`" for field in fields)
+    if status == "unsupported":
+        rows = ["| field | stands for | taken nevertheless |", "|---|---|---|"]
+        return "\n".join([*rows, *(f"| `{field.name}` | {field.meaning} | {shown_values(field.neutral)} |" for field in fields)])
+    rows = ["| field | takes | default | meaning |", "|---|---|---|---|"]
+    for field in fields:
+        default = "required" if field.required else "" if field.default is None else f"`{json.dumps(field.default)}`"
+        rows.append(f"| `{field.name}` | {field.type} | {default} | {field.meaning} |")
+    return "\n".join(rows)
+
+
+def shown_values(values: tuple[object, ...]) -> str:
+    """Shows JSON values."""
+    return ", ".join(f"`{json.dumps(value)}`" for value in (None, *values))
+
+
 PARTS: dict[str, Callable[[], str]] = {
     "engine options": lambda: options_table(EngineConfig),
     "server options": lambda: options_table(ServerConfig),
     "lacking flags": lacking_table,
+    "chat fields": lambda: fields_table("/v1/chat/completions", "honoured"),
+    "chat fields without effect": lambda: fields_table("/v1/chat/completions", "no effect"),
+    "chat fields not supported": lambda: fields_table("/v1/chat/completions", "unsupported"),
+    "completion fields": lambda: fields_table("/v1/completions", "honoured"),
+    "completion fields without effect": lambda: fields_table("/v1/completions", "no effect"),
+    "completion fields not supported": lambda: fields_table("/v1/completions", "unsupported"),
+    "tokenize fields": lambda: fields_table("/tokenize", "honoured"),
+    "detokenize fields": lambda: fields_table("/detokenize", "honoured"),
+    "sampling fields": sampling_table,
 }
 
 

@@ -145,7 +145,11 @@ def check_sampling_fields(values: Mapping[str, object]) -> None:
 def _span(field: Field) -> str:
     if field.low is None or field.high is None:
         return ""
-    return f" in {'(' if field.low_open else '['}{field.low:g}, {field.high:g}]"
+    return f" in {'(' if field.low_open else '['}{_shown(field.low)}, {_shown(field.high)}]"
+
+
+def _shown(number: float) -> str:
+    return str(number) if isinstance(number, int) else f"{number:g}"
 
 
 def _fits(field: Field, value: object) -> bool:

@@ -46,7 +46,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
         RequestError: 408, 413 or 415.
         ClientGone: The client closed the connection.
     """
-    headers = {name: value for name, value in scope["headers"]}
+    headers = dict(scope["headers"])
     _check_type(headers.get(b"content-type", b""), headers.get(b"content-encoding", b"identity"))
     declared = headers.get(b"content-length", b"0")
     if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:

@@ -199,7 +199,8 @@ class Generation:
         """Says what happened in ids, counts and seconds, for the log; never text."""
         usage = self._usage()
         seconds = time.monotonic() - self._call.started_s
-        return f"request {self._call.id}: {len(self._choices)} choices, {usage.prompt_tokens} prompt + {usage.completion_tokens} output tokens, {seconds:.3f} s"
+        tokens = f"{usage.prompt_tokens} prompt + {usage.completion_tokens} output tokens"
+        return f"request {self._call.id}: {len(self._choices)} choices, {tokens}, {seconds:.3f} s"
 
 
 class _EventWriter:

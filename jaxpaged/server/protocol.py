@@ -351,7 +351,7 @@ def _bad(message: str, param: str) -> RequestError:
 
 def _bad_prompt(prompt: object) -> RequestError:
     return _bad(
-        f"prompt must be a string, a list of token ids in [0, vocabulary), or a list of strings or of lists of token ids, none of them empty; "
+        f"prompt must be a string, a list of token ids in [0, vocabulary), or a list of strings or of lists of them, none empty; "
         f"got {_shown(prompt)}",
         "prompt",
     )

@@ -70,7 +70,7 @@ def run(engine_config: EngineConfig, server_config: ServerConfig, *, make_engine
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
         if not local and not any(server_config.api_key):
             logger.warning(
-                "%s is open to the network without a key: anybody who reaches this port can use the model. Set --api-key, or --host 127.0.0.1",
+                "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
                 server_config.host,
             )
         progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
@@ -290,7 +290,7 @@ def _close(listener: socket.socket, config: ServerConfig) -> None:
 def _leave(life: _Life, log: QueuedHandler, code: int) -> None:
     """Ends the process at once if the engine's thread is stuck in the device: an orderly exit would wait for it."""
     if not life.engine_stopped:
-        logger.warning("the engine did not stop in time; leaving without it")
+        logger.info("leaving without waiting for the engine, which is busy")
         log.finish()
         sys.stderr.flush()
         os._exit(code)

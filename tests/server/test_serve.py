@@ -409,7 +409,7 @@ def test_nobody_can_forge_a_log_line(kind):
         {"msg": "user %s", "args": ("\x1b[2Ja\r\nERROR forged\u2028\x9b",), "levelno": logging.WARNING, "levelname": "WARNING"}
     )
     line = LineFormatter(kind).format(record)
-    assert not any(ord(letter) < 32 and letter != "\n" or ord(letter) in (0x7F, 0x9B, 0x2028) for letter in line)
+    assert not any((ord(letter) < 32 and letter != "\n") or ord(letter) in (0x7F, 0x9B, 0x2028) for letter in line)
     assert not any(part.startswith("ERROR") for part in line.splitlines())
 
 
