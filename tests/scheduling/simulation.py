@@ -249,7 +249,7 @@ class World:
         """Verifies that no decode was passed over that needs no page, and nobody preempted whose pages were not needed."""
         scheduler = self.scheduler
         planned = {work.sequence for work in plan.work} if plan else set()
-        trial = any(sequence.num_faults for sequence in planned)
+        trial = any(sequence.num_faults for sequence, _ in running) or any(sequence.num_faults for sequence in planned)
         wanted = 0
         for sequence, had in running:
             if sequence in planned:
