@@ -86,6 +86,12 @@ def sample(logits: Float[Array, "S V"], inputs: StepInputs, state: SamplingState
     return tokens, _remember(state, tokens, inputs)
 
 
+def greedy(logits: Float[Array, "S V"]) -> Int[Array, " S"]:
+    """Returns each row's most likely token, the lowest id among equals; -1 for rows that hold NaN or +inf, or -inf only."""
+    likeliest = _likeliest(logits)
+    return jnp.where(likeliest.valid, likeliest.ids, -1)
+
+
 def _remember(state: SamplingState, tokens: Int[Array, " S"], inputs: StepInputs) -> SamplingState:
     num_slots = state.last_tokens.shape[0]
     slots = jnp.where(tokens >= 0, inputs.slots, num_slots)  # out of range: dropped

@@ -33,14 +33,14 @@ def forward_step(
     Returns:
         What was sampled, the pool with the step's keys and values, and the slots' state (None if none was given).
     """
+    inputs = jax.tree.map(jnp.asarray, inputs)  # NumPy arrays, where nothing traces
     if sampling is not None:
         inputs = _with_feedback(inputs, sampling)
     hidden, pool = model.hidden(params, pool, inputs, attention=attention)
     last = inputs.cu_q_lens[1:] - 1  # [S], the token that a row samples after
     logits = model.logits(params, hidden.at[last].get(mode="clip"))  # [S, V]
     if sampling is None:
-        valid = has_flag(inputs.flags, RowFlag.SAMPLES) & jnp.isfinite(jnp.max(logits, axis=-1))  # the maximum is NaN if any is
-        tokens = jnp.where(valid, jnp.argmax(logits, axis=-1).astype(jnp.int32), -1)
+        tokens = jnp.where(has_flag(inputs.flags, RowFlag.SAMPLES), sampler.greedy(logits), -1)
     else:
         tokens, sampling = sampler.sample(logits, inputs, sampling)
     of_samples = sampler.sampled_logprobs(logits, tokens, inputs)

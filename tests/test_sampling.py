@@ -330,6 +330,7 @@ def test_ties_go_to_the_lower_ids() -> None:
     assert drawn([1.0] * 4, top_p=1.0) == {0, 1, 2, 3}
     assert drawn([3.0, 1.0, 3.0], min_p=1.0) == {0, 2}
     assert run(np.asarray([logits], np.float32), [Row()])[0].tolist() == [1]
+    assert sampling.greedy(jnp.asarray([logits, [np.nan] * 8], jnp.float32)).tolist() == [1, -1]
 
 
 def test_restrictions_apply_one_after_the_other() -> None:

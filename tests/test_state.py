@@ -12,11 +12,8 @@ from jaxpaged.scheduling.plan import StepPlan, Work
 from jaxpaged.scheduling.request import Request, SamplingParams, Sequence
 from jaxpaged.state import RowFlag, StepInputs
 
-VIEWS = (
-    ("tokens", "positions", "targets")
-    + ("kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high")
-    + ("cu_q_lens", "distribution", "block_tables")
-)
+VIEWS = ["tokens", "positions", "targets", "kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high"]
+VIEWS += ["cu_q_lens", "distribution", "block_tables"]
 
 
 def make_work(slot: int, prompt: list[int], computed: int, pages: list[int], params: SamplingParams, seed: int) -> Work:
