@@ -46,7 +46,7 @@ _HOMES = {
     "GenerationError": "jaxpaged.errors",
 }
 
-__all__ = [*_HOMES, "__version__"]  # noqa: PLE0604
+__all__ = [*_HOMES, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -230,7 +230,8 @@ class LLM:
                 return prompt.get("prompt"), list(prompt["prompt_token_ids"])
             if not isinstance(prompt.get("prompt"), str):
                 raise RequestError("a prompt given as a dict must have 'prompt' or 'prompt_token_ids'", param="prompt")
-            prompt = prompt["prompt"]
+            text: str = prompt["prompt"]
+            return text, self.info.tokenizer.encode(text)
         if isinstance(prompt, str):
             return prompt, self.info.tokenizer.encode(prompt)
         return None, list(prompt)

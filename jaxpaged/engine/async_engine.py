@@ -244,12 +244,12 @@ class AsyncEngine:
         if info is None or self._state != "ready":
             raise EngineStopped(f"the engine is {self._state}: {self._detail}" if self._detail else f"the engine is {self._state}")
         if len(request.prompt) + request.max_tokens > info.max_request_tokens:
-            message = f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens} are more than the {info.max_request_tokens} that fit"
+            message = f"{len(request.prompt)} prompt tokens and max_tokens {request.max_tokens} exceed {info.max_request_tokens} tokens"
             raise RequestError(message, code="context_length_exceeded")
-        if len(self._streams) >= info.max_num_seqs + info.max_waiting and self._num_open() >= info.max_num_seqs + info.max_waiting:
-            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=1)
         if request.id in self._streams:
             raise RequestError(f"request id {request.id} is in use")
+        if len(self._streams) >= info.max_num_seqs + info.max_waiting and self._num_open() >= info.max_num_seqs + info.max_waiting:
+            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=1)
         stream = RequestStream(request, self.abort)
         self._streams[request.id] = stream
         self._inbox.put(_Submit(request))
@@ -415,7 +415,7 @@ class AsyncEngine:
         self._state, self._detail = state, detail
 
 
-class _Stopped(Exception):  # noqa: N818 - not an error
+class _Stopped(Exception):
     """Loading was ended by ``stop``."""
 
 

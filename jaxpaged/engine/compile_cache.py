@@ -6,6 +6,7 @@ import logging
 import os
 import stat
 from pathlib import Path
+from typing import Any
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
@@ -30,8 +31,9 @@ def enable_compile_cache(directory: str | None) -> Path | None:
     Raises:
         ConfigError: The directory belongs to, or is open to, somebody else.
     """
-    if directory is None and jax.config.jax_compilation_cache_dir:
-        return Path(jax.config.jax_compilation_cache_dir)
+    own = getattr(jax.config, "jax_compilation_cache_dir")  # noqa: B009 - typed by nobody
+    if directory is None and own:
+        return Path(own)
     if directory == "":
         return None
     path = Path(directory).expanduser() if directory else cache_home() / "jaxpaged" / "xla"
@@ -45,11 +47,15 @@ def enable_compile_cache(directory: str | None) -> Path | None:
     _check_private(path, found)
     if not os.access(path, os.W_OK):
         logger.warning("compiled programs are not kept: %s is read-only", path)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)  # a CPU's programs compile in less than JAX's second
-    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+    _set("jax_compilation_cache_dir", str(path))
+    _set("jax_persistent_cache_min_compile_time_secs", 0.0)  # a CPU's programs compile in less than JAX's second
+    _set("jax_persistent_cache_min_entry_size_bytes", -1)
     compilation_cache.reset_cache()  # JAX decides once, at its first compilation, whether there is a cache
     return path
+
+
+def _set(name: str, value: Any) -> None:
+    jax.config.update(name, value)  # type: ignore[no-untyped-call]
 
 
 def _check_private(path: Path, found: os.stat_result) -> None:

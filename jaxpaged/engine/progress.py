@@ -8,7 +8,8 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress as RichBars, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import Progress as RichBars
 
 _LABEL_WIDTH = 9
 _STEP = 0.1
@@ -98,7 +99,12 @@ class Bars:
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Opens a bar."""
         self._stage, self._total, self._unit = stage, total, unit
-        columns = (TextColumn(f"{{task.description:{_LABEL_WIDTH}}}"), BarColumn(24), TextColumn("{task.fields[amount]}"), TimeElapsedColumn())
+        columns = (
+            TextColumn(f"{{task.description:{_LABEL_WIDTH}}}"),
+            BarColumn(24),
+            TextColumn("{task.fields[amount]}"),
+            TimeElapsedColumn(),
+        )
         self._bars = RichBars(*columns, console=self._console, transient=True)
         self._task = self._bars.add_task(stage, total=max(1, total), amount="")
         self._bars.start()
@@ -124,7 +130,7 @@ def make_progress(stream: TextIO = sys.stderr) -> Progress:
     """Returns bars if ``stream`` is a terminal, plain lines if not."""
     if stream.isatty():
         return Bars(Console(file=stream))
-    return Lines(lambda line: print(line, file=stream, flush=True))  # noqa: T201 - this is what it is for
+    return Lines(lambda line: print(line, file=stream, flush=True))
 
 
 def gib(num_bytes: float) -> str:

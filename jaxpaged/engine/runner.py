@@ -56,7 +56,7 @@ class InFlight:
         """
         count = len(self.plan.work)
         tokens = np.asarray(self.output.tokens)[:count].tolist()
-        flags = self.inputs.flags[:count]
+        flags = np.asarray(self.inputs.flags[:count])
         wanted, prompt_wanted = (flags & RowFlag.LOGPROBS) != 0, (flags & RowFlag.PROMPT_LOGPROBS) != 0
         logprobs = self._read_logprobs(tokens, wanted) if wanted.any() else ()
         return StepResult(tokens, logprobs, self._read_prompt_logprobs(prompt_wanted) if prompt_wanted.any() else ())
@@ -104,6 +104,7 @@ class Runner:
         attention: Implementation of paged attention.
 
     Attributes:
+        vocab_size: V; every id that a step samples is below it.
         compilations_after_ready: Programs compiled inside ``dispatch`` since ``warm_up`` ended; 0 if the buckets are right.
         cache_hits: Programs that warm-up found in the compile cache.
         compile_s: Seconds spent on tracing and compiling programs, waiting included.
@@ -123,6 +124,7 @@ class Runner:
         attention: str = "auto",
     ) -> None:
         self.model = model
+        self.vocab_size = model.config.vocab_size
         self.num_pages = num_pages
         self.page_size = page_size
         self.max_num_seqs = max_num_seqs
@@ -144,11 +146,6 @@ class Runner:
         self._make_state()
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
-
-    @property
-    def vocab_size(self) -> int:
-        """V; every id that a step samples is below it."""
-        return self.model.config.vocab_size
 
     @property
     def pool(self) -> PagePool:
@@ -239,6 +236,7 @@ class Runner:
         program = self._programs.get(inputs.num_tokens)
         if program is None:
             program = self._programs[inputs.num_tokens] = self._compile(inputs.num_tokens)
+        output: StepOutput
         output, self._pool, self._sampling = program(self._leaves, self._pool, inputs, self._sampling)
         return output
 
@@ -272,12 +270,12 @@ class Runner:
     def _on_event(self, event: str, **_: object) -> None:
         self.cache_hits += event == _CACHE_HIT_EVENT and self._warming
 
-    def _on_duration(self, event: str, duration: float, **_: object) -> None:
+    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
         if event == _COMPILE_EVENT and self._ready and self._dispatching:
             self.compilations_after_ready += 1
-            self.compile_s += duration
+            self.compile_s += duration_secs
             message = "a program was compiled while serving, in %.1f s: token bucket %d, %d rows; compiled before: %s"
-            logger.warning(message, duration, *self._dispatching, sorted(self._programs))
+            logger.warning(message, duration_secs, *self._dispatching, sorted(self._programs))
 
 
 def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:
@@ -285,9 +283,8 @@ def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:
 
     def step(
         leaves: tuple[jax.Array, ...], pool: PagePool, inputs: StepInputs, sampling: SamplingState
-    ) -> tuple[StepOutput, PagePool, SamplingState]:
+    ) -> tuple[StepOutput, PagePool, SamplingState | None]:
         params = jax.tree.unflatten(structure, leaves)
         return forward_step(model, params, pool, inputs, sampling, attention=attention)
 
     return jax.jit(step, donate_argnums=(1, 3))
-

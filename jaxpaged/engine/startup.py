@@ -218,8 +218,9 @@ def _kv_dtype(config: EngineConfig, model: Model) -> str:
 
 def _describe_pool(config: EngineConfig, plan: MemoryPlan) -> str:
     size, tokens = config.cache.page_size, (plan.num_pages - 1) * config.cache.page_size
+    per_token = plan.page_bytes // size
     return (
-        f"{'kv pages':9} {plan.num_pages:,} pages × {size} tokens × {plan.page_bytes // size:,} B/token = {gib(plan.num_bytes)} ({plan.why})\n"
+        f"{'kv pages':9} {plan.num_pages:,} pages × {size} tokens × {per_token:,} B/token = {gib(plan.num_bytes)} ({plan.why})\n"
         f"{'':9} = {tokens:,} tokens → {tokens / plan.max_model_len:.1f} full-length requests of {plan.max_model_len:,}"
     )
 

@@ -11,7 +11,8 @@ import importlib
 import json
 import logging
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,9 @@ from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Code points that no text contains; one of them marks the special tokens that a message spells out."""
 
-_RESERVED_TEMPLATE_KEYS = frozenset(("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize"))
+_RESERVED_TEMPLATE_KEYS = frozenset(
+    ("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize")
+)
 
 
 class Tokenizer:
@@ -297,14 +300,17 @@ def _pieces(tokenizer: tokenizers.Tokenizer, decoder: Mapping[str, Any] | None) 
     steps = [] if decoder is None else decoder["decoders"] if decoder["type"] == "Sequence" else [decoder]
     kinds = {step["type"]: step for step in steps}
     vocabulary: dict[str, int] = tokenizer.get_vocab(with_added_tokens=True)
+    convert: Callable[[str], bytes]
     if "ByteLevel" in kinds:
         alphabet = _byte_alphabet()
-        strips, convert = False, lambda token: _byte_level_piece(token, alphabet)
+        strips, convert = False, partial(_byte_level_piece, alphabet=alphabet)
     elif "ByteFallback" in kinds or "Metaspace" in kinds:
         strips = "Strip" in kinds or kinds.get("Metaspace", {}).get("prepend_scheme", "never") != "never"
         convert = _sentencepiece_piece
     else:
-        raise CheckpointError(f"tokenizer.json: decoder {[step['type'] for step in steps]} is not supported; byte-level and SentencePiece are")
+        raise CheckpointError(
+            f"tokenizer.json: decoder {[step['type'] for step in steps]} is not supported; byte-level and SentencePiece are"
+        )
     pieces = [b""] * (max(vocabulary.values(), default=-1) + 1)
     for token, token_id in vocabulary.items():
         pieces[token_id] = convert(token)
@@ -321,7 +327,7 @@ def _byte_alphabet() -> dict[str, int]:
     return {chr(byte): byte for byte in printable} | {chr(0x100 + i): byte for i, byte in enumerate(others)}
 
 
-def _byte_level_piece(token: str, alphabet: Mapping[str, int]) -> bytes:
+def _byte_level_piece(token: str, *, alphabet: Mapping[str, int]) -> bytes:
     try:
         return bytes(alphabet[char] for char in token)
     except KeyError:  # an added token with characters outside the alphabet stands for itself

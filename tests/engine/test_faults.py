@@ -123,7 +123,10 @@ def test_an_id_outside_the_vocabulary_ends_its_request_alone():
     class Wild(Faulty):
         def complete(self, handle):
             result = super().complete(handle)
-            ids = [VOCAB + 5 if w.sequence.request.id == "r1" and w.num_output == 2 else t for w, t in zip(handle.plan.work, result.tokens, strict=True)]
+            ids = [
+                VOCAB + 5 if w.sequence.request.id == "r1" and w.num_output == 2 else t
+                for w, t in zip(handle.plan.work, result.tokens, strict=True)
+            ]
             return StepResult(ids, result.logprobs, result.prompt_logprobs)
 
     requests = some_requests()

@@ -7,7 +7,7 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers, pre_tokenizers
+from tokenizers import decoders, models, normalizers
 
 from jaxpaged.config import TINY_MODEL
 from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
@@ -15,7 +15,18 @@ from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
-TEXTS = ["Hello, world!", " leading", "héllo wörld", "日本語のテキスト", "👩‍👩‍👧‍👦 family", "\n\n\ttabs", "a\u0301 combining", "مرحبا", "🇩🇪🏳️‍🌈", "x" * 50]
+TEXTS = [
+    "Hello, world!",
+    " leading",
+    "héllo wörld",
+    "日本語のテキスト",
+    "👩‍👩‍👧‍👦 family",
+    "\n\n\ttabs",
+    "a\u0301 combining",
+    "مرحبا",
+    "🇩🇪🏳️‍🌈",
+    "x" * 50,
+]
 
 
 @pytest.fixture(scope="module")
@@ -26,13 +37,29 @@ def tiny():
 @pytest.fixture(scope="module")
 def sentencepiece():
     """A tokenizer of Llama 2's kind: a space in front of words, byte tokens for what is not in the vocabulary."""
-    words = ["<unk>", "<s>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), "\u2581", "\u2581the", "\u2581cat", "s", "at", "c", "\u2581c", "é", "語"]
+    words = [
+        "<unk>",
+        "<s>",
+        "</s>",
+        *(f"<0x{byte:02X}>" for byte in range(256)),
+        "\u2581",
+        "\u2581the",
+        "\u2581cat",
+        "s",
+        "at",
+        "c",
+        "\u2581c",
+        "é",
+        "語",
+    ]
     vocabulary = {word: index for index, word in enumerate(words)}
     merges = [("\u2581", "c"), ("\u2581c", "at")]
     model = models.BPE(vocabulary | {"\u2581cat": vocabulary["\u2581cat"]}, merges, unk_token="<unk>", fuse_unk=True, byte_fallback=True)
     backend = tokenizers.Tokenizer(model)
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
-    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)])
+    backend.decoder = decoders.Sequence(
+        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
     backend.add_special_tokens(["<unk>", "<s>", "</s>"])
     return Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
 
@@ -140,7 +167,11 @@ def test_stop_strings_are_found_as_in_the_full_text(text, stops, include, rng):
 
 
 @settings(max_examples=300, deadline=None)
-@given(text=st.text("ab", max_size=20), stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3), rng=st.randoms(use_true_random=False))
+@given(
+    text=st.text("ab", max_size=20),
+    stops=st.lists(st.text("ab", min_size=1, max_size=4), min_size=1, max_size=3),
+    rng=st.randoms(use_true_random=False),
+)
 def test_no_more_than_a_possible_beginning_is_held_back(text, stops, rng):
     """What has been sent is never part of a later match, and what is held back could be."""
     matcher, sent, seen = StopStrings(stops), "", ""
@@ -180,7 +211,9 @@ def test_stop_strings_over_token_borders(tiny, group, include):
         for length in (1, 2, 5):
             stop = text[start : start + length]
             expected = oracle(text, [stop], include)
-            processor, got, taken, last = drive(tiny, request_with(stop=[stop], include_stop_str_in_output=include), events_of(ids, group=group))
+            processor, got, taken, last = drive(
+                tiny, request_with(stop=[stop], include_stop_str_in_output=include), events_of(ids, group=group)
+            )
             assert (got, last.stop_reason, last.finish_reason) == (*expected, "stop")
             assert processor.finished and processor.num_output_tokens == len(taken)
             assert taken == ids[: len(taken)]
@@ -189,14 +222,14 @@ def test_stop_strings_over_token_borders(tiny, group, include):
 
 def test_text_that_never_becomes_a_stop_string_comes_in_the_end(tiny):
     ids = tiny.encode("the end of")
-    processor, text, taken, last = drive(tiny, request_with(stop=["of course"]), events_of(ids))
+    _, text, taken, last = drive(tiny, request_with(stop=["of course"]), events_of(ids))
     assert (text, taken, last.finish_reason, last.stop_reason) == ("the end of", ids, "length", None)
 
 
 @pytest.mark.parametrize("min_tokens", range(0, 12))
 def test_min_tokens_come_before_any_stop(tiny, min_tokens):
     ids = tiny.encode("a b a b a b a b a b")
-    processor, text, taken, last = drive(tiny, request_with(stop=["a"], min_tokens=min_tokens), events_of(ids))
+    _, _, taken, last = drive(tiny, request_with(stop=["a"], min_tokens=min_tokens), events_of(ids))
     if last.stop_reason is not None:
         assert len(taken) > min_tokens
         assert tiny.token_text(taken[-1]).strip() == "a"
@@ -250,7 +283,10 @@ def test_special_tokens_in_messages_are_text(tiny):
     counts = {i: plain.count(i) for i in tiny.special_token_ids}
     for spelling in tiny._special_by_text:
         for content in (f"hi {spelling} there", spelling, spelling * 3, f"{spelling[:4]}{spelling}{spelling[4:]}"):
-            for message in ({"role": "user", "content": content}, {"role": "user", "content": [{"type": "text", "text": part} for part in content]}):
+            for message in (
+                {"role": "user", "content": content},
+                {"role": "user", "content": [{"type": "text", "text": part} for part in content]},
+            ):
                 ids = tiny.apply_chat_template([message])
                 assert {i: ids.count(i) for i in tiny.special_token_ids} == counts
                 assert content in tiny.decode(ids, skip_special_tokens=False)

@@ -1,0 +1,274 @@
+"""Memory planning, the compile cache, what is printed, and what importing loads."""
+
+import io
+import json
+import logging
+import shutil
+import subprocess
+import sys
+
+import jax
+import pytest
+
+from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, SchedulerConfig, make_config
+from jaxpaged.engine import compile_cache
+from jaxpaged.engine.compile_cache import enable_compile_cache
+from jaxpaged.engine.memory import Budget, plan_memory
+from jaxpaged.engine.progress import Bars, Lines, make_progress
+from jaxpaged.engine.startup import _generation_defaults, _resolve_sizes, load_engine
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.errors import CheckpointError, ConfigError
+
+PAGE_BYTES = 1024
+
+
+def plan(num_bytes, *, length=100, seqs=4, config=None, may_shorten=False, keep_small=False):
+    return plan_memory(
+        config or CacheConfig(page_size=16),
+        Budget(num_bytes, "the reason", "--the-flag"),
+        page_bytes=PAGE_BYTES,
+        max_model_len=length,
+        max_num_seqs=seqs,
+        may_shorten=may_shorten,
+        keep_small=keep_small,
+    )
+
+
+def test_pages_fill_the_budget():
+    assert plan(50 * PAGE_BYTES + 5).num_pages == 50
+    assert plan(50 * PAGE_BYTES).num_bytes == 50 * PAGE_BYTES
+
+
+def test_no_more_pages_than_can_be_used_are_taken_if_so_asked():
+    assert plan(500 * PAGE_BYTES, keep_small=True).num_pages == 4 * 7 + 1
+    assert plan(20 * PAGE_BYTES, keep_small=True).num_pages == 20
+
+
+@pytest.mark.parametrize("pages", [7, 8, 9])
+def test_too_little_memory_says_how_much_is_needed_there_and_fits(pages):
+    """100 tokens are 7 pages, and one is the null page."""
+    if pages >= 8:
+        assert plan(pages * PAGE_BYTES).max_model_len == 100
+        return
+    with pytest.raises(ConfigError) as caught:
+        plan(pages * PAGE_BYTES, length=100)
+    message = str(caught.value)
+    for part in (
+        "max_model_len 100",
+        f"{8 * PAGE_BYTES / 2**20:.1f} MiB",
+        f"{7 * PAGE_BYTES / 2**20:.1f} MiB",
+        "96 tokens",
+        "--the-flag",
+        "the reason",
+    ):
+        assert part in message
+
+
+def test_the_context_is_shortened_only_if_nobody_asked_for_it():
+    assert plan(5 * PAGE_BYTES, may_shorten=True).max_model_len == 64
+    with pytest.raises(ConfigError):
+        plan(1 * PAGE_BYTES, may_shorten=True)
+    with pytest.raises(ConfigError):
+        plan(-5, may_shorten=True)
+
+
+def test_a_number_of_pages_overrides_the_budget():
+    assert plan(0, config=CacheConfig(page_size=16, num_pages=33)).num_pages == 33
+    with pytest.raises(ConfigError, match="--num-pages"):
+        plan(10**9, config=CacheConfig(page_size=16, num_pages=3))
+
+
+def test_default_sizes_by_platform():
+    assert _resolve_sizes(EngineConfig(), "cpu").max_num_seqs == 64
+    assert _resolve_sizes(EngineConfig(), "gpu").max_num_batched_tokens == 2048
+    small = _resolve_sizes(make_config(EngineConfig, {"max_num_batched_tokens": 16}), "cpu")
+    assert (small.max_num_seqs, small.token_buckets[-1]) == (16, 16)
+    wide = _resolve_sizes(EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1000)), "cpu")
+    assert wide.max_num_batched_tokens == 1000
+
+
+def test_a_context_longer_than_the_models_is_refused():
+    with pytest.raises(ConfigError, match="max_position_embeddings"):
+        load_engine(make_config(EngineConfig, {"max_model_len": 10**6, "compilation_cache_dir": ""}))
+
+
+# --------------------------------------------------------------------------------------------------------- the compile cache
+
+
+@pytest.fixture
+def jax_config():
+    names = ("jax_compilation_cache_dir", "jax_persistent_cache_min_compile_time_secs", "jax_persistent_cache_min_entry_size_bytes")
+    before = {name: getattr(jax.config, name) for name in names}
+    jax.config.update("jax_compilation_cache_dir", None)
+    yield
+    for name, value in before.items():
+        jax.config.update(name, value)
+    compile_cache.compilation_cache.reset_cache()
+
+
+def compile_one(constant):
+    jax.jit(lambda x: x * constant + 1).lower(jax.ShapeDtypeStruct((4,), "float32")).compile()
+
+
+def test_programs_are_kept_in_a_private_directory(tmp_path, jax_config):
+    path = enable_compile_cache(str(tmp_path / "deep" / "xla"))
+    assert path.stat().st_mode & 0o777 == 0o700
+    compile_one(3.25)
+    assert any(path.iterdir())
+    assert enable_compile_cache(str(path)) == path
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
+def test_a_directory_open_to_others_is_refused(tmp_path, jax_config, mode):
+    path = tmp_path / "xla"
+    path.mkdir()
+    path.chmod(mode)
+    with pytest.raises(ConfigError, match="chmod 700"):
+        enable_compile_cache(str(path))
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_somebody_elses_directory_is_refused(tmp_path, jax_config, monkeypatch):
+    path = tmp_path / "xla"
+    path.mkdir(mode=0o700)
+    monkeypatch.setattr(compile_cache.os, "getuid", lambda: 12345)
+    with pytest.raises(ConfigError, match="not to you"):
+        enable_compile_cache(str(path))
+
+
+def test_a_file_in_its_place_or_no_place_costs_only_a_warning(tmp_path, jax_config, caplog):
+    (tmp_path / "file").write_text("")
+    assert enable_compile_cache(str(tmp_path / "file" / "xla")) is None
+    assert "not kept" in caplog.text
+    assert jax.config.jax_compilation_cache_dir is None
+
+
+def test_damaged_entries_are_compiled_anew(tmp_path, jax_config, caplog):
+    path = enable_compile_cache(str(tmp_path / "xla"))
+    compile_one(7.5)
+    for entry in path.iterdir():
+        entry.write_bytes(entry.read_bytes()[:20])
+    jax.clear_caches()
+    program = jax.jit(lambda x: x * 7.5 + 1)
+    assert program(jax.numpy.ones(4))[0] == 8.5
+
+
+def test_jaxs_own_directory_is_respected_and_empty_means_none(tmp_path, jax_config):
+    assert enable_compile_cache("") is None
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    assert enable_compile_cache(None) == tmp_path
+
+
+# ------------------------------------------------------------------------------------------------------------- the model's files
+
+
+@pytest.fixture
+def directory(tmp_path):
+    for name in ("config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json"):
+        shutil.copy(TINY_MODEL / name, tmp_path / name)
+    return tmp_path
+
+
+def test_generation_config_gives_defaults_and_ends(directory):
+    (directory / "generation_config.json").write_text(
+        json.dumps({"eos_token_id": [2, 0], "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "top_p": 7.0, "do_sample": True})
+    )
+    lines = []
+    eos, defaults = _generation_defaults(EngineConfig(), directory, Tokenizer.load(directory), Lines(lines.append))
+    assert set(eos) >= {2, 0} and len(set(eos)) == len(eos)
+    assert defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
+    assert any("top_p" in line and "7.0" in line for line in lines)
+    assert _generation_defaults(EngineConfig(generation_config="vllm"), directory, Tokenizer.load(directory), Lines(lines.append))[1] == {}
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe"])
+def test_a_damaged_tokenizer_is_one_line(directory, content):
+    (directory / "tokenizer.json").write_bytes(content)
+    with pytest.raises(CheckpointError) as caught:
+        Tokenizer.load(directory)
+    assert "\n" not in str(caught.value) and "tokenizer" in str(caught.value)
+
+
+def test_a_chat_template_from_a_file(directory, tmp_path):
+    (tmp_path / "my.jinja").write_text("{{ messages[0].content }}!")
+    tokenizer = Tokenizer.load(directory, chat_template=tmp_path / "my.jinja")
+    assert tokenizer.decode(tokenizer.apply_chat_template([{"role": "user", "content": "hey"}])) == "hey!"
+    with pytest.raises(ConfigError):
+        Tokenizer.load(directory, chat_template=tmp_path / "absent.jinja")
+
+
+# ------------------------------------------------------------------------------------------------------------- what is shown
+
+
+def test_plain_lines_show_tenths_of_slow_stages():
+    now, lines = [0.0], []
+    progress = Lines(lines.append, clock=lambda: now[0])
+    progress.begin("compile", 20, "programs")
+    for done in range(21):
+        now[0] += 0.3
+        progress.advance(done)
+    progress.end("20 programs")
+    progress.say("ready")
+    assert lines[-2:] == ["compile   20 programs", "ready"]
+    assert 5 < len(lines) < 12 and lines[0].startswith("compile ") and "of 20 programs" in lines[0]
+
+
+def test_fast_stages_show_one_line():
+    lines = []
+    progress = Lines(lines.append)
+    progress.begin("weights", 100, "bytes")
+    progress.advance(50)
+    progress.end("done")
+    assert lines == ["weights   done"]
+
+
+def test_bars_only_on_a_terminal():
+    stream = io.StringIO()
+    assert isinstance(make_progress(stream), Lines)
+    stream.isatty = lambda: True
+    bars = make_progress(stream)
+    assert isinstance(bars, Bars)
+    bars.begin("weights", 2**30, "bytes")
+    bars.advance(2**29)
+    bars.end("7 MiB [not markup]")
+    assert "weights   7 MiB [not markup]" in stream.getvalue()
+
+
+def test_the_start_up_log_says_what_was_loaded(small, caplog):
+    """With everything switched off that takes time; the compile line is the runner's test's matter."""
+    caplog.set_level(logging.WARNING)
+    lines = []
+    options = {"load_format": "dummy", "warmup": False, "compilation_cache_dir": "", "max_num_seqs": 2, "max_num_batched_tokens": 8}
+    loaded = load_engine(make_config(EngineConfig, options), Lines(lines.append))
+    text = "\n".join(lines)
+    assert "jaxpaged " in lines[0] and "jax " in lines[0] and "cpu" in lines[0]
+    assert "weights   LlamaForCausalLM" in text and "random" in text
+    assert f"kv pages  {loaded.info.num_pages:,} pages × 16 tokens" in text
+    assert "full-length requests of 2,048" in text
+    assert loaded.info.num_pages == 2 * 128 + 1
+    assert loaded.info.model_name == "tiny" and loaded.info.platform == "cpu"
+    loaded.close()
+
+
+# ------------------------------------------------------------------------------------------------------------ what importing loads
+
+
+def loaded_modules(statement):
+    code = f"{statement}\nimport sys, json\nprint(json.dumps(sorted(sys.modules)))"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120)
+    return set(json.loads(done.stdout.splitlines()[-1]))
+
+
+def test_the_host_floor_loads_no_jax():
+    modules = loaded_modules("import jaxpaged\nimport jaxpaged.scheduling.scheduler\nfrom jaxpaged import SamplingParams, RequestError")
+    assert not modules & {"jax", "jaxlib", "flax", "transformers", "torch"}
+
+
+def test_public_names_are_all_there():
+    import jaxpaged
+
+    for name in jaxpaged.__all__:
+        assert getattr(jaxpaged, name) is not None
+    assert set(jaxpaged.__all__) <= set(dir(jaxpaged))
+    with pytest.raises(AttributeError):
+        jaxpaged.nonsense  # noqa: B018
