@@ -139,7 +139,6 @@ class Sequence:
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
-    stop_reason: int | str | None = None
     last_step: int = 0
     num_preemptions: int = 0
     num_prompt_logprobs: int = 0

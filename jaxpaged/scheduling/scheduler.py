@@ -43,13 +43,10 @@ from collections.abc import Sequence as Seq
 from jaxpaged.errors import ConfigError, QueueFull, RequestError
 from jaxpaged.scheduling import invariants
 from jaxpaged.scheduling.buckets import slot_bucket
+from jaxpaged.scheduling.faults import blame, clear
 from jaxpaged.scheduling.pages import PageAllocator
 from jaxpaged.scheduling.plan import INVALID_TOKEN, StepPlan, StepResult, TokenEvent, Work
 from jaxpaged.scheduling.request import FinishReason, Request, Sequence, Status
-
-MAX_FAULTS = 4
-"""A sequence ends after this many failed steps that it alone can have caused. More than one, so that a device which fails three times in a
-row for reasons of its own costs time and no request."""
 
 HEADROOM = 1
 """Pages kept free, at admission, for each running sequence (a watermark). ``tests/scheduling/headroom.py`` measures it on four
@@ -254,15 +251,13 @@ class Scheduler:
     def recover(self, plan: StepPlan | None) -> list[TokenEvent]:
         """Goes on after a step failed and took the pool with it: everything that ran is computed again from its tokens.
 
-        The sequences of the failed step become suspects, and no step has more than one of them until each got past the point of the
-        failure (it got a token). If a step fails that has a single suspect, this one is tried again in steps of its own, and ends when
-        ``MAX_FAULTS`` have failed. So no sequence ends for the fault of a neighbour, and no fault of its own comes back for ever.
+        Which sequence ends because its steps keep failing is decided by ``faults.blame``.
 
         Args:
             plan: The step that failed; None if it is not known which of those in flight it was.
 
         Returns:
-            The end of the sequence that was found guilty, if one was.
+            The end of the guilty sequence, if one was found.
         """
         failed = [each for each in self.in_flight if plan is None or each is plan]
         self.in_flight.clear()
@@ -273,16 +268,10 @@ class Scheduler:
         self.slots.flush()
         for sequence in self.waiting:
             sequence.num_pending = 0
-        involved = {work.sequence.order: work.sequence for each in failed for work in each.work}
-        involved = {order: sequence for order, sequence in involved.items() if sequence.status is not Status.FINISHED}
-        candidates = [sequence for sequence in involved.values() if sequence.suspect] or list(involved.values())
-        for sequence in involved.values():
-            sequence.suspect = True
-        if len(candidates) == 1:
-            candidates[0].num_faults += 1
-            if candidates[0].num_faults >= MAX_FAULTS:
-                return [self._end(candidates[0], FinishReason.ERROR, "the model step failed on this request", "internal_error")]
-        return []
+        guilty = blame(failed)
+        if guilty is None:
+            return []
+        return [self._end(guilty, FinishReason.ERROR, "the model step failed on this request", "internal_error")]
 
     # -------------------------------------------------------------------------------------------------------- inside schedule
 
@@ -304,7 +293,7 @@ class Scheduler:
             self._admit(draft, sequence)
 
     def _try_alone(self, draft: _Draft) -> bool:
-        """Plans a step for nobody but a sequence that is held guilty of a failure, if one is due."""
+        """Plans a step for nobody but an accused sequence (see ``faults``), if there is one and it fits."""
         accused = next((sequence for sequence in self.running if sequence.num_faults), None)
         if accused is not None:
             count = self._num_next(accused, draft.budget)
@@ -414,8 +403,8 @@ class Scheduler:
         if token == INVALID_TOKEN:
             return self._end(sequence, FinishReason.ERROR, "the model's output was not a number", "numerical_error")
         sequence.tokens.append(token)
-        sequence.suspect = False
-        sequence.num_faults = 0
+        if sequence.suspect:
+            clear(sequence)
         logprobs = result.logprobs[row] if result.logprobs else None
         reason = self._finish_reason(work, token)
         if reason is not None:

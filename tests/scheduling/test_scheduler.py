@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import itertools
+import time
 
 import pytest
 from fakes import golden_tokens
 from scheduling.simulation import VOCAB, World, make_request, make_scheduler
 
 from jaxpaged.errors import ConfigError, QueueFull, RequestError
+from jaxpaged.scheduling.faults import MAX_FAULTS
 from jaxpaged.scheduling.plan import StepResult
 from jaxpaged.scheduling.request import FinishReason
-from jaxpaged.scheduling.scheduler import MAX_FAULTS, Scheduler
+from jaxpaged.scheduling.scheduler import Scheduler
 
 
 def rows(plan) -> list[tuple[str, int]]:
@@ -287,6 +289,20 @@ def test_pages_and_slot_of_a_finished_sequence_stay_until_its_last_step_is_compl
     assert scheduler.num_pages_in_use == 0
     assert rows(world.dispatch()) == [("b", 5)]
     world.drain()
+
+
+def test_the_host_costs_little_per_step():
+    """schedule and commit of 64 decodes: 0.2 ms where this was written; the best of many steps, so that a busy machine does not matter."""
+    scheduler = make_scheduler(num_pages=4096, page_size=16, max_num_seqs=64, max_num_batched_tokens=512)
+    for i in range(80):
+        scheduler.add(make_request(f"r{i}", 4, 200, eos=(1, 2)))
+    best = 1.0
+    for _ in range(120):
+        started = time.perf_counter()
+        plan = scheduler.schedule()
+        scheduler.commit(plan, StepResult([0] * len(plan.work)))
+        best = min(best, time.perf_counter() - started) if plan.num_tokens == 64 else best
+    assert best < 1e-3
 
 
 def test_usage_is_reported():
