@@ -11,7 +11,7 @@ from starlette.exceptions import HTTPException
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
-from starlette.routing import Route
+from starlette.routing import BaseRoute, Route
 from starlette.types import Receive, Scope, Send
 
 from jaxpaged.config import ServerConfig
@@ -77,7 +77,7 @@ class Routes:
         self._service = service
         self._metrics = Metrics(service, service.config.metrics_prefix)
 
-    def table(self) -> list[Route]:
+    def table(self) -> list[BaseRoute]:
         """Returns every route there is."""
         return [
             Route("/v1/chat/completions", _Generate(self._service, parse_chat), methods=["POST"]),

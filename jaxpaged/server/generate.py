@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncGenerator, Sequence
 
 from starlette.types import Receive, Scope, Send
 
@@ -156,7 +156,7 @@ class Generation:
                     await writer.write(events)
         await writer.write((renderer.usage(self._usage()) if self._asked.include_usage else b"") + b"data: [DONE]\n\n")
 
-    async def _deltas(self, streams: Sequence[RequestStream]) -> AsyncIterator[tuple[Choice, Delta]]:
+    async def _deltas(self, streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[Choice, Delta], None]:
         """Yields each choice's news as it comes, until all are finished.
 
         Raises:
@@ -239,7 +239,7 @@ async def _send_whole(send: Send, body: bytes, headers: Sequence[tuple[bytes, by
     await send({"type": "http.response.body", "body": body, "more_body": False})
 
 
-async def _merge(streams: Sequence[RequestStream]) -> AsyncIterator[tuple[int, TokenEvent]]:
+async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenEvent], None]:
     """Yields the events of all streams as they come, each with its stream's place."""
     if len(streams) == 1:
         async for event in streams[0]:

@@ -261,7 +261,7 @@ class Renderer:
         """VLLM's form: per position a map of token id to its log-probability, rank and text; null for the first."""
         positions: list[dict[str, Any] | None] = [None]
         for token in tokens:
-            entries = {}
+            entries: dict[str, dict[str, Any]] = {}
             for candidate in (token, *token.top):
                 entry = {"logprob": candidate.logprob, "rank": candidate.rank, "decoded_token": candidate.text}
                 entries.setdefault(str(candidate.token_id), entry)

@@ -1,7 +1,7 @@
 """Golden bodies and event streams: what a client reads, to the letter."""
 
 import pytest
-from conftest import events_of
+from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
 

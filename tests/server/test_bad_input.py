@@ -4,8 +4,8 @@ import dataclasses
 import time
 
 import pytest
-from conftest import events_of
 from server_fakes import VOCAB, FakeAsyncEngine, replace_info
+from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.server.fields import MAX_MESSAGES, MAX_PROMPTS

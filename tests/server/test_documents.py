@@ -5,6 +5,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from server_harness import BODIES
 
 from jaxpaged.server.fields import ENDPOINTS
 
@@ -71,8 +72,6 @@ def test_references_resolve_and_schemas_are_about_honest_fields(document):
 @pytest.mark.parametrize("path", ENDPOINTS)
 def test_examples_made_from_the_document_are_accepted(shared_client, document, path):
     """Every property's bounds, as the document gives them, are bounds that the parser takes."""
-    from test_field_table import BODIES
-
     schema = document["paths"][path]["post"]["requestBody"]["content"]["application/json"]["schema"]
     for name, rule in schema["properties"].items():
         for bound in ("minimum", "maximum"):

@@ -3,16 +3,11 @@
 import math
 
 import pytest
+from server_harness import BODIES
 
 from jaxpaged.scheduling.fields import MAX_STOP_BYTES
 from jaxpaged.server.fields import ENDPOINTS, MAX_LABEL_BYTES
 
-BODIES = {
-    "/v1/chat/completions": {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2},
-    "/v1/completions": {"model": "echo", "prompt": "hi", "max_tokens": 2},
-    "/tokenize": {"prompt": "hi"},
-    "/detokenize": {"tokens": [1, 2]},
-}
 WRONG = {
     "int": ["5", 1.0, 1.5, True, [], {}, "", [1], 2**63, -(2**63) - 1, 10**30],
     "float": ["0.5", True, [], {}, "", 10**30],

@@ -5,6 +5,7 @@ import asyncio
 import openai
 import pytest
 from server_fakes import FakeAsyncEngine
+from server_harness import LoopbackServer, until
 
 from jaxpaged.config import ServerConfig
 
@@ -14,8 +15,6 @@ REPLY = "user\nhi"
 
 @pytest.fixture(scope="module")
 def url():
-    from conftest import LoopbackServer
-
     server = LoopbackServer(FakeAsyncEngine(), ServerConfig(api_key=("sk-test",)))
     yield server.url + "/v1"
     server.close()
@@ -167,6 +166,4 @@ def test_leaving_a_stream_frees_it(make_server):
         next(iter(stream))
         assert server.engine.running
         stream.close()
-    from test_wire import until
-
     until(lambda: not server.engine.running, 1.0)

@@ -9,6 +9,7 @@ import time
 import httpx
 import pytest
 from server_fakes import FakeAsyncEngine
+from server_harness import LoopbackServer, until
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.server import body as body_module
@@ -21,8 +22,6 @@ TAIL = b"GET /version HTTP/1.1\r\nHost: localhost\r\n\r\n"
 
 @pytest.fixture(scope="module")
 def wire():
-    from conftest import LoopbackServer
-
     server = LoopbackServer(FakeAsyncEngine())
     yield server
     server.close()
@@ -204,13 +203,6 @@ def test_a_large_body_is_refused_while_it_comes_in(make_server):
             pass
         assert sent < 20_000_000  # what the kernel's buffers hold at most
     assert httpx.get(server.url + "/version").status_code == 200
-
-
-def until(condition, seconds=3.0):
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "it did not happen in time"
-        time.sleep(0.005)
 
 
 def send_generation(connection, **fields):
