@@ -28,7 +28,7 @@ def model_directory(model: str, revision: str | None = None, *, weights: bool = 
         ConfigError: There is no such directory, and it is no hub id or the hub does not give it.
     """
     path = Path(model).expanduser()
-    if path.is_dir():
+    if model and path.is_dir():
         return path
     advice = "pass a local directory, or omit MODEL for the packaged tiny model"
     if path.exists() or not _HUB_ID.fullmatch(model) or model.startswith("."):

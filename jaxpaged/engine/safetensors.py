@@ -8,6 +8,7 @@ Source: the format section of the safetensors documentation.
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import json
 import math
@@ -78,8 +79,7 @@ def _parse(path: Path, text: bytes) -> dict[str, Any]:
     def pairs(items: list[tuple[str, Any]]) -> dict[str, Any]:
         content = dict(items)
         if len(content) != len(items):
-            names = [name for name, _ in items]
-            twice = next(name for name in names if names.count(name) > 1)
+            twice = next(name for name, count in collections.Counter(name for name, _ in items).items() if count > 1)
             raise CheckpointError(f"{path}: {twice!r} appears twice in the header")
         return content
 
@@ -121,7 +121,7 @@ def _check_layout(path: Path, tensors: list[Tensor], start: int, size: int) -> N
     for tensor in sorted(tensors, key=lambda tensor: (tensor.start, tensor.num_bytes)):
         end = tensor.start + tensor.num_bytes
         if end > size:
-            raise CheckpointError(f"{path}: truncated: tensor {tensor.name!r} ends at byte {end}, the file has {size}")
+            raise CheckpointError(f"{path}: tensor {tensor.name!r}: truncated (ends at byte {end}, the file has {size})")
         if tensor.start != position:
             what = "overlaps the one before" if tensor.start < position else "leaves a hole before it"
             raise CheckpointError(f"{path}: tensor {tensor.name!r} {what} (starts at byte {tensor.start}, expected {position})")

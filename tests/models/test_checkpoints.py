@@ -1,0 +1,365 @@
+"""A checkpoint that is damaged, hostile, or does not fit its configuration stops the start with one clear line, and quickly."""
+
+import json
+import struct
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from model_checkpoints import CASES, make_tensors, write_checkpoint
+from safetensors.numpy import load_file, save_file
+
+from jaxpaged.engine.hub import model_directory
+from jaxpaged.engine.loading import load_model, read_config
+from jaxpaged.engine.safetensors import read_header
+from jaxpaged.engine.weights import load_params, open_checkpoint
+from jaxpaged.errors import CheckpointError, ConfigError
+from jaxpaged.models.model import Model
+
+HF = {**CASES["llama"], "num_hidden_layers": 1}
+EMBEDDING = "model.embed_tokens.weight"
+
+
+@pytest.fixture
+def checkpoint(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "m", HF, make_tensors(HF))
+
+
+def refusal(directory: Path) -> str:
+    """Returns the one line that the load ends with; it must come within 5 seconds (of processor time: the machine may be busy)."""
+    started = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        load_model(directory)
+    assert time.process_time() - started < 5
+    text = str(caught.value)
+    assert "\n" not in text
+    return text
+
+
+def change_tensors(directory: Path, change) -> None:
+    tensors = load_file(directory / "model.safetensors")
+    change(tensors)
+    save_file(tensors, directory / "model.safetensors")
+
+
+def write_header(directory: Path, header, data: bytes = b"", length: int | None = None) -> None:
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
+
+
+def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+# ------------------------------------------------------------------------------------------------------------------ it loads
+
+
+def test_tensors_arrive_where_they_belong(checkpoint):
+    model, params = load_model(checkpoint, dtype="float32")
+    tensors = make_tensors(HF)
+    prefix = "model.layers.0"
+    np.testing.assert_array_equal(params["embed.weight"], tensors[EMBEDDING])
+    qkv = [tensors[f"{prefix}.self_attn.{name}_proj.weight"] for name in "qkv"]
+    np.testing.assert_array_equal(params["layers.0.attention.qkv.weight"], np.concatenate(qkv))
+    gate_up = [tensors[f"{prefix}.mlp.{name}_proj.weight"] for name in ("gate", "up")]
+    np.testing.assert_array_equal(params["layers.0.mlp.gate_up.weight"], np.concatenate(gate_up))
+    assert {name: (array.shape, str(array.dtype)) for name, array in params.items()} == {
+        name: (spec.shape, spec.dtype) for name, spec in model.specs.items()
+    }
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
+def test_every_stored_dtype_loads_as_every_dtype(stored, dtype, tmp_path):
+    tensors = {name: values.astype(stored) for name, values in make_tensors(HF).items()}
+    write_checkpoint(tmp_path, HF, tensors)
+    config = read_config(tmp_path, dtype=dtype)
+    params = load_params(Model.build(config), open_checkpoint(tmp_path), tmp_path)
+    found = params["layers.0.mlp.down.weight"]
+    assert found.dtype == dtype
+    np.testing.assert_array_equal(found, tensors["model.layers.0.mlp.down_proj.weight"].astype(dtype))
+
+
+def test_shards_load_as_one_file_does(checkpoint, tmp_path):
+    _, whole = load_model(checkpoint)
+    _, sharded = load_model(write_checkpoint(tmp_path / "s", HF, make_tensors(HF), shards=4))
+    jax.tree.map(np.testing.assert_array_equal, whole, sharded)
+
+
+def test_progress_counts_every_byte(checkpoint):
+    calls = []
+    load_model(checkpoint, progress=lambda done, total: calls.append((done, total)))
+    total = sum(values.nbytes for values in make_tensors(HF).values())
+    assert calls[0] == (0, total)
+    assert calls[-1] == (total, total)
+    assert [done for done, _ in calls] == sorted(done for done, _ in calls)
+
+
+def test_dummy_weights_need_no_weight_file_and_follow_the_seed(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    _, first = load_model(tmp_path, load_format="dummy", seed=3)
+    _, same = load_model(tmp_path, load_format="dummy", seed=3)
+    _, other = load_model(tmp_path, load_format="dummy", seed=4)
+    jax.tree.map(np.testing.assert_array_equal, first, same)
+    assert not np.array_equal(first["embed.weight"], other["embed.weight"])
+    assert not np.array_equal(first["embed.weight"], first["head.weight"])
+
+
+def test_auto_dtype_is_float32_on_a_cpu_and_matrices_keep_the_checkpoints(tmp_path, monkeypatch):
+    write_checkpoint(tmp_path, {**HF, "dtype": "bfloat16"}, make_tensors(HF), dtype="bfloat16")
+    for fast in (True, False):
+        monkeypatch.setattr("jaxpaged.engine.loading.multiplies_bfloat16", lambda fast=fast: fast)
+        model, params = load_model(tmp_path)
+        assert model.config.dtype == "float32"
+        assert params["embed.weight"].dtype == ("bfloat16" if fast else "float32")
+        assert params["norm.weight"].dtype == "float32"
+
+
+def test_overrides_replace_values_and_merge_objects(tmp_path):
+    hf = {**HF, "rope_scaling": {"rope_type": "linear", "factor": 2.0}}
+    (tmp_path / "config.json").write_text(json.dumps(hf))
+    config = read_config(tmp_path, hf_overrides={"num_hidden_layers": 5, "rope_scaling": {"factor": 4.0}})
+    assert config.num_layers == 5
+    assert (config.rope_scaling.kind, config.rope_scaling.get("factor")) == ("linear", 4.0)
+
+
+def test_old_rotary_buffers_are_ignored(checkpoint):
+    change_tensors(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32)}))
+    load_model(checkpoint)
+
+
+def test_a_head_beside_a_tied_embedding_must_be_the_same(tmp_path):
+    hf = {**HF, "tie_word_embeddings": True}
+    tensors = make_tensors(hf)
+    load_model(write_checkpoint(tmp_path / "same", hf, {**tensors, "lm_head.weight": tensors[EMBEDDING]}))
+    other = write_checkpoint(tmp_path / "other", hf, {**tensors, "lm_head.weight": tensors[EMBEDDING] + 1})
+    assert "lm_head.weight" in refusal(other)
+    assert "tie_word_embeddings" in refusal(other)
+
+
+# --------------------------------------------------------------------------------------------------- tensors that do not fit
+
+
+def test_a_missing_tensor_is_named(checkpoint):
+    change_tensors(checkpoint, lambda t: t.pop("model.layers.0.mlp.up_proj.weight"))
+    assert "'model.layers.0.mlp.up_proj.weight' is missing" in refusal(checkpoint)
+
+
+def test_a_tensor_too_many_is_named(checkpoint):
+    change_tensors(checkpoint, lambda t: t.update({"model.layers.0.self_attn.q_proj.bias": np.zeros(64, np.float32)}))
+    assert "model.safetensors: tensor 'model.layers.0.self_attn.q_proj.bias' belongs to nothing" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("key", ["hidden_size", "vocab_size", "intermediate_size", "num_key_value_heads", "num_hidden_layers"])
+def test_a_config_of_other_sizes_is_refused(checkpoint, key):
+    (checkpoint / "config.json").write_text(json.dumps({**HF, key: {"num_key_value_heads": 4}.get(key, HF[key] * 2)}))
+    text = refusal(checkpoint)
+    assert "tensor 'model." in text
+    assert key == "num_hidden_layers" or "config.json asks for [" in text
+
+
+def test_a_transposed_matrix_is_refused(checkpoint):
+    change_tensors(checkpoint, lambda t: t.update({"model.layers.0.mlp.down_proj.weight": np.zeros((112, 64), np.float32)}))
+    assert "'model.layers.0.mlp.down_proj.weight' has shape [112, 64], config.json asks for [64, 112]" in refusal(checkpoint)
+
+
+def test_an_untied_config_wants_a_head(checkpoint):
+    change_tensors(checkpoint, lambda t: t.pop("lm_head.weight"))
+    assert "'lm_head.weight' is missing" in refusal(checkpoint)
+
+
+# ------------------------------------------------------------------------------------------------------------ damaged files
+
+
+def damaged_files():
+    long = b'{"a":' + b" " * 64
+    return {
+        "empty": (b"", "ends within the first 8 bytes"),
+        "seven bytes": (b"\0" * 7, "ends within the first 8 bytes"),
+        "header of 2**63": (struct.pack("<Q", 2**63) + b"{}", "header claims 9223372036854775808 bytes"),
+        "header beyond the end": (struct.pack("<Q", 1000) + b"{}", "header claims 1000 bytes"),
+        "not utf-8": (struct.pack("<Q", 4) + b"\xff\xfe{}", "not JSON"),
+        "not json": (struct.pack("<Q", len(long)) + long, "not JSON"),
+        "nested too deep": (struct.pack("<Q", 200_000) + b"[" * 200_000, "not JSON"),
+        "a list": (struct.pack("<Q", 2) + b"[]", "not a JSON object"),
+        "twice": (struct.pack("<Q", 15) + b'{"a":{},"a":{}}', "'a' appears twice"),
+    }
+
+
+@pytest.mark.parametrize("kind", damaged_files())
+def test_a_damaged_file_is_named(checkpoint, kind):
+    content, why = damaged_files()[kind]
+    (checkpoint / "model.safetensors").write_bytes(content)
+    text = refusal(checkpoint)
+    assert "model.safetensors: " in text
+    assert why in text
+
+
+def test_a_header_of_more_than_100_mb_is_not_read(checkpoint):
+    with (checkpoint / "model.safetensors").open("wb") as file:
+        file.write(struct.pack("<Q", 200_000_000))
+        file.truncate(300_000_000)  # sparse: takes no room
+    assert "header claims 200000000 bytes" in refusal(checkpoint)
+
+
+BAD_ENTRIES = {
+    "entry is a list": ([], "not an object"),
+    "no dtype": ({"shape": [1], "data_offsets": [0, 4]}, "dtype None"),
+    "unknown dtype": (entry(dtype="Q4"), "dtype 'Q4' is not supported"),
+    "integer dtype": (entry(dtype="I32"), "dtype 'I32' is not supported"),
+    "dtype is a list": (entry(dtype=["F32"]), "is not supported"),
+    "negative size": (entry(shape=(-1,)), "shape must be a list"),
+    "size is true": (entry(shape=(True,)), "shape must be a list"),
+    "size is a float": (entry(shape=(1.0,)), "shape must be a list"),
+    "too many axes": (entry(shape=(1,) * 9), "shape must be a list"),
+    "product overflows": (entry(shape=(2**62, 2**62)), "its offsets give 4"),
+    "one offset": (entry(offsets=(0,)), "two byte offsets"),
+    "negative offset": (entry(offsets=(-4, 0)), "two byte offsets"),
+    "offsets backwards": (entry(offsets=(4, 0)), "its offsets give -4"),
+    "offsets too short": (entry(offsets=(0, 3)), "its offsets give 3"),
+    "beyond the end": (entry(offsets=(2, 6)), "truncated"),
+    "far beyond the end": (entry(offsets=(2**40, 2**40 + 4)), "truncated"),
+}
+
+
+@pytest.mark.parametrize("kind", BAD_ENTRIES)
+def test_a_damaged_entry_names_its_tensor(checkpoint, kind):
+    bad, why = BAD_ENTRIES[kind]
+    write_header(checkpoint, {"some.weight": bad}, data=b"\0" * 4)
+    text = refusal(checkpoint)
+    assert "model.safetensors: tensor 'some.weight'" in text
+    assert why in text
+
+
+@pytest.mark.parametrize(
+    ("entries", "size", "why"),
+    [
+        ({"a": entry(offsets=(0, 4)), "b": entry(offsets=(0, 4))}, 4, "overlaps the one before"),
+        ({"a": entry(offsets=(0, 4)), "b": entry(offsets=(2, 6))}, 6, "overlaps the one before"),
+        ({"a": entry(offsets=(0, 4)), "b": entry(offsets=(8, 12))}, 12, "leaves a hole before it"),
+        ({"a": entry(offsets=(4, 8))}, 8, "leaves a hole before it"),
+        ({"a": entry(offsets=(0, 4)), "b": entry(shape=(0,), offsets=(2, 2))}, 4, "overlaps the one before"),
+        ({"a": entry(offsets=(0, 4))}, 9, "5 bytes after the last tensor"),
+    ],
+)
+def test_data_must_be_one_run_of_tensors(checkpoint, entries, size, why):
+    write_header(checkpoint, entries, data=b"\0" * size)
+    assert why in refusal(checkpoint)
+
+
+def test_a_truncated_file_names_the_first_tensor_that_is_cut(checkpoint):
+    path = checkpoint / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:-10])
+    text = refusal(checkpoint)
+    assert "model.safetensors: tensor 'model." in text
+    assert "truncated" in text
+
+
+def test_a_hundred_thousand_tensors_are_refused_quickly(checkpoint):
+    write_header(checkpoint, {f"t{i}": entry(shape=(0,), offsets=(0, 0)) for i in range(100_000)})
+    assert "'model.embed_tokens.weight' is missing" in refusal(checkpoint)
+
+
+def test_tensors_without_elements_are_valid(tmp_path):
+    save_file({"a": np.zeros((0, 3), np.float32), "b": np.ones(2, np.float32)}, tmp_path / "x.safetensors")
+    tensors = read_header(tmp_path / "x.safetensors")
+    assert tensors["a"].read().shape == (0, 3)
+    np.testing.assert_array_equal(tensors["b"].read(), [1, 1])
+
+
+# -------------------------------------------------------------------------------------------------------- index and directory
+
+
+def set_index(directory: Path, change) -> Path:
+    path = directory / "model.safetensors.index.json"
+    index = json.loads(path.read_text())
+    change(index["weight_map"])
+    path.write_text(json.dumps(index))
+    return directory
+
+
+@pytest.fixture
+def sharded(tmp_path) -> Path:
+    return write_checkpoint(tmp_path / "s", HF, make_tensors(HF), shards=2)
+
+
+@pytest.mark.parametrize("file", ["../secret.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "a\\b.safetensors", "x.bin", 7, ""])
+def test_an_index_cannot_point_elsewhere(sharded, tmp_path, file):
+    save_file({EMBEDDING: np.zeros((99, 64), np.float32)}, tmp_path / "secret.safetensors")
+    text = refusal(set_index(sharded, lambda weights: weights.update({EMBEDDING: file})))
+    assert f"tensor {EMBEDDING!r} lies in {file!r}" in text
+
+
+def test_a_missing_shard_is_named(sharded):
+    (sharded / "model-00002-of-00002.safetensors").unlink()
+    assert "model-00002-of-00002.safetensors: missing" in refusal(sharded)
+
+
+def test_an_index_that_names_the_wrong_shard_is_refused(sharded):
+    other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
+    text = refusal(set_index(sharded, lambda weights: weights.update({EMBEDDING: other.get(weights[EMBEDDING], *other)})))
+    assert f"tensor {EMBEDDING!r} should be in" in text
+
+
+def test_a_tensor_in_two_shards_is_refused(sharded):
+    path = sharded / "model-00001-of-00002.safetensors"
+    twice = load_file(sharded / "model-00002-of-00002.safetensors")
+    name = next(iter(twice))
+    save_file({**load_file(path), name: twice[name]}, path)
+    assert f"tensor {name!r} is also in" in refusal(sharded)
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{}", '{"weight_map": []}', '{"weight_map": {}}', "\ufffd{"])
+def test_a_damaged_index_is_named(sharded, content):
+    (sharded / "model.safetensors.index.json").write_text(content)
+    assert "model.safetensors.index.json: " in refusal(sharded)
+
+
+@pytest.mark.parametrize("file", ["pytorch_model.bin", "model.pt", "weights.pth", "x.ckpt", "m.pkl", "m.gguf"])
+def test_pickled_weights_are_named_and_never_opened(tmp_path, file, monkeypatch):
+    (tmp_path / "config.json").write_text(json.dumps(HF))
+    (tmp_path / file).write_bytes(b"cos\nsystem\n(S'touch canary'\ntR.")
+    opened = []
+    real_open, real_read = Path.open, Path.read_bytes
+    monkeypatch.setattr(Path, "open", lambda self, *a, **k: opened.append(self.name) or real_open(self, *a, **k))
+    monkeypatch.setattr(Path, "read_bytes", lambda self: opened.append(self.name) or real_read(self))
+    assert f"{file} is not read, convert it to safetensors" in refusal(tmp_path)
+    assert file not in opened
+
+
+def test_code_beside_the_weights_is_not_run(checkpoint):
+    canary = checkpoint / "canary"
+    (checkpoint / "modeling_evil.py").write_text(f"open({str(canary)!r}, 'w')\nclass Evil: pass\n")
+    auto_map = {"AutoConfig": "modeling_evil.Evil", "AutoModelForCausalLM": "modeling_evil.Evil"}
+    (checkpoint / "config.json").write_text(json.dumps({**HF, "auto_map": auto_map, "trust_remote_code": True}))
+    load_model(checkpoint)
+    assert not canary.exists()
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "null", "\x00", "[" * 200_000])
+def test_a_damaged_config_is_named(checkpoint, content):
+    (checkpoint / "config.json").write_text(content)
+    assert "config.json: not" in refusal(checkpoint)
+
+
+def test_a_missing_config_is_named(checkpoint):
+    (checkpoint / "config.json").unlink()
+    assert "config.json: missing" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("name", ["owner/name-that-is-not-here", "just-a-name"])
+def test_a_hub_id_without_network_says_what_to_do(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ConfigError, match="pass a local directory, or omit MODEL for the packaged tiny model") as caught:
+        model_directory(name)
+    assert name in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", ["/no/such/place", "./nowhere", "../up", "a/b/c", "", "with space"])
+def test_a_path_that_is_not_there_is_no_hub_id(name, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", lambda *a, **k: pytest.fail("asked the hub"))
+    with pytest.raises(ConfigError, match="not a directory"):
+        model_directory(name)
