@@ -33,7 +33,8 @@ class Topic:
 
 TOPICS = (
     Topic(
-        "Paged attention keeps the keys and values of a sequence in small pages. A block table says where each page is, so memory is used well.",
+        "Paged attention keeps the keys and values of a sequence in small pages. "
+        "A block table says where each page is, so memory is used well.",
         ("paged attention", "PagedAttention"),
         ("How does paged attention work?", "What is the idea of paged attention?", "Why do we use paged attention?",
          "What does paged attention do?", "What is paged attention good for?", "Why paged attention?"),

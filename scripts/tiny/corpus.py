@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from functools import cache
 from random import Random
 
-from . import about, drills, stories
+from tiny import about, drills, stories
 
 TEXT_WEIGHT = 0.15
 """Loss weight of free text (a story told by the model, a raw completion): it is noise to a large part."""
@@ -121,11 +121,13 @@ def raw_story(rng: Random) -> list[Segment]:
     return [(stories.make_story(rng, rng.randint(1, 3), rng.randint(0, 4)).text, TEXT_WEIGHT), ("<|endoftext|>", 0.3)]
 
 
-def document(rng: Random, length: int) -> list[Segment]:
+def document(rng: Random, length: int, late: bool = False) -> list[Segment]:
     """One training document of roughly at most `length` tokens (the packer cuts what is too long).
 
     Longer documents have more sentences between a fact and its question, more people and more changes of subject.
+    Late in training, when the project answers are known by heart, stories take half of their place.
     """
+    story, drill = (0.40, 0.84) if late else (0.28, 0.72)
     if rng.random() < 0.02:
         return raw_story(rng)
     turns = [Turn("system", rng.choice(SYSTEMS), 0.0)] if rng.random() < 0.08 else []
@@ -133,13 +135,13 @@ def document(rng: Random, length: int) -> list[Segment]:
     budget = rng.uniform(0.25, 0.95) * length
     while budget > 0:
         roll = rng.random()
-        if roll < 0.20 and len(used) < 9:
+        if roll < story and len(used) < 9:
             people = rng.randint(1, min(4, 2 + length // 256))
             room = budget / 14  # sentences of about ten tokens, and as many questions
             fillers = rng.randint(0, 2) if rng.random() < 0.5 else rng.randint(0, max(2, int(room)))
-            asked = rng.randint(3, 8)
+            asked = rng.randint(4, 10)
             new = story_turns(rng, people, fillers, asked, used)
-        elif roll < 0.60:
+        elif roll < drill:
             new = drill_turns(rng)
         else:
             new = about_turns(rng)

@@ -6,7 +6,7 @@ import json
 from collections.abc import Callable, Sequence
 from random import Random
 
-from .stories import ANIMALS, COLORS, NAMES, THINGS
+from tiny.stories import ANIMALS, COLORS, NAMES, THINGS
 
 WORDS = (*NAMES, *COLORS, *THINGS, *ANIMALS)
 SORTABLE = (NAMES, ANIMALS, COLORS)

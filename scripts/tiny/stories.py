@@ -12,22 +12,31 @@ from dataclasses import dataclass
 from random import Random
 
 NAMES = (
-    "Ada Ben Cora Dan Ella Finn Gwen Hugo Ida Jun Kira Leo Mia Noah Olga Pete Rosa Sam Tess Una Vera Will Yara Zoe"
-).split()
-COLORS = "red blue green yellow black white brown pink gray silver golden purple".split()
+    "Ada", "Ben", "Cora", "Dan", "Ella", "Finn", "Gwen", "Hugo", "Ida", "Jun", "Kira", "Leo", "Mia", "Noah", "Olga",
+    "Pete", "Rosa", "Sam", "Tess", "Una", "Vera", "Will", "Yara", "Zoe",
+)  # fmt: skip
+COLORS = (
+    "red", "blue", "green", "yellow", "black", "white", "brown", "pink", "gray", "silver", "golden", "purple",
+)  # fmt: skip
 THINGS = (
-    "kite drum lamp key ball book cup bell boat coin doll flute map ring rope shell spoon stone sword ticket "
-    "whistle hat scarf brush"
-).split()
+    "kite", "drum", "lamp", "key", "ball", "book", "cup", "bell", "boat", "coin", "doll", "flute", "map", "ring",
+    "rope", "shell", "spoon", "stone", "sword", "ticket", "whistle", "hat", "scarf", "brush",
+)  # fmt: skip
 PLACES = (
     "in the box", "in the basket", "in the drawer", "in the cave", "in the garden", "in the kitchen", "in the barn",
     "in the bag", "in the tower", "in the cellar", "under the bed", "under the table", "under the bridge",
     "under the stairs", "under the tree", "on the roof", "on the shelf", "on the chair", "on the wall", "on the hill",
     "behind the door", "behind the house", "behind the mill", "behind the curtain",
 )  # fmt: skip
-ANIMALS = "fox cat dog rabbit horse goat bear duck mouse wolf hen pony".split()
-WEATHER = "sunny rainy windy snowy foggy cloudy warm cold".split()
-FEELINGS = "happy sad tired proud brave hungry calm glad".split()
+ANIMALS = (
+    "fox", "cat", "dog", "rabbit", "horse", "goat", "bear", "duck", "mouse", "wolf", "hen", "pony",
+)  # fmt: skip
+WEATHER = (
+    "sunny", "rainy", "windy", "snowy", "foggy", "cloudy", "warm", "cold",
+)  # fmt: skip
+FEELINGS = (
+    "happy", "sad", "tired", "proud", "brave", "hungry", "calm", "glad",
+)  # fmt: skip
 
 OPENINGS = (
     "Once upon a time, {who} lived near the {land}. It was a {weather} day.",
@@ -35,7 +44,9 @@ OPENINGS = (
     "It was a {weather} day, and {who} were at home near the {land}.",
     "Once upon a time there was a {weather} day when {who} played near the {land}.",
 )
-LANDS = "sea river forest lake town valley".split()
+LANDS = (
+    "sea", "river", "forest", "lake", "town", "valley",
+)  # fmt: skip
 OWNS = ("{name} had a {color} {thing}.", "{name} owned a {color} {thing}.", "{name} found a {color} {thing}.")
 PUTS = (
     "{name} put the {thing} {place}.",
