@@ -7,14 +7,16 @@ again, and can be driven into deep recursion. Each of these has taken a server d
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import math
 import re
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from starlette.types import Receive, Scope
 
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import QueueFull, RequestError
 from jaxpaged.server.answers import ClientGone
 
 MAX_DEPTH = 32
@@ -34,16 +36,51 @@ _ONE_BRACKET = bytes.maketrans(b"{}", b"[]")
 _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 
 
-async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
+class BodyBudget:
+    """How many bytes of bodies the server holds at once, over all connections.
+
+    Args:
+        max_bytes: Most of them; beyond it further bodies are refused until others have been parsed.
+    """
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._held = 0
+
+    @contextlib.contextmanager
+    def account(self) -> Iterator[Callable[[int], None]]:
+        """Yields a function that takes bytes from the budget; all are given back at the end.
+
+        Raises:
+            QueueFull: From that function, when the budget is spent.
+        """
+        own = 0
+
+        def take(count: int) -> None:
+            nonlocal own
+            if self._held + count > self._max_bytes:
+                raise QueueFull("too many large requests are arriving; try again later", retry_after_s=1)
+            own += count
+            self._held += count
+
+        try:
+            yield take
+        finally:
+            self._held -= own
+
+
+async def read_body(scope: Scope, receive: Receive, max_bytes: int, take: Callable[[int], None]) -> bytes:
     """Reads a request body while its size is still allowed.
 
     Args:
         scope: Of the request.
         receive: Of the request.
         max_bytes: Most bytes; a longer body is refused as soon as that is known, declared or not.
+        take: Told of the bytes as they come, see ``BodyBudget``.
 
     Raises:
         RequestError: 408, 413 or 415.
+        QueueFull: From ``take``.
         ClientGone: The client closed the connection.
     """
     headers = dict(scope["headers"])
@@ -61,6 +98,7 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int) -> bytes:
                 message = await receive()
                 if message["type"] == "http.disconnect":
                     raise ClientGone
+                take(len(message.get("body", b"")))
                 body += message.get("body", b"")
                 more = message.get("more_body", False)
                 if len(body) > max_bytes:

@@ -73,6 +73,8 @@ def run(engine_config: EngineConfig, server_config: ServerConfig, *, make_engine
                 "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
                 server_config.host,
             )
+        if server_config.ssl_keyfile and Path(server_config.ssl_keyfile).stat().st_mode & 0o077:
+            logger.warning("the TLS key can be read by other users of this machine; chmod 600 it")
         progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
         engine = (make_engine or _make_engine)(engine_config, progress)
         app = create_app(engine, server_config, names=_names(engine_config), local_only=local)

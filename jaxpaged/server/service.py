@@ -20,7 +20,7 @@ from jaxpaged.engine.status import EngineInfo, EngineStatus
 from jaxpaged.errors import RequestError
 from jaxpaged.scheduling.request import Request
 from jaxpaged.server.answers import ClientGone, RequestTimedOut, Unavailable
-from jaxpaged.server.body import parse_json_object, read_body
+from jaxpaged.server.body import BodyBudget, parse_json_object, read_body
 from jaxpaged.server.calls import Calls
 from jaxpaged.server.generate import Generation
 from jaxpaged.server.protocol import (
@@ -47,6 +47,10 @@ SMALL_BODY_BYTES = 32 * 1024
 """Bodies up to this size are parsed in the event loop; larger ones in a thread."""
 
 
+BODIES_HELD = 64
+"""Bodies of the largest allowed size that are held at once while they arrive and are parsed."""
+
+
 class Service:
     """The engine as the routes see it.
 
@@ -67,6 +71,7 @@ class Service:
         self.version = version
         self.created = int(time.time())
         self._names = tuple(names)
+        self._bodies = BodyBudget(BODIES_HELD * config.max_body_bytes)
         self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxpaged-text")
 
     # ------------------------------------------------------------------------------------------------------- about itself
@@ -116,10 +121,11 @@ class Service:
         Raises:
             RequestError: It is too large, not JSON, or a field does not fit.
         """
-        raw = await read_body(scope, receive, self.config.max_body_bytes)
-        if len(raw) <= SMALL_BODY_BYTES:
-            return parse(parse_json_object(raw))
-        return await self.in_thread(lambda: parse(parse_json_object(raw)))
+        with self._bodies.account() as take:
+            raw = await read_body(scope, receive, self.config.max_body_bytes, take)
+            if len(raw) <= SMALL_BODY_BYTES:
+                return parse(parse_json_object(raw))
+            return await self.in_thread(lambda: parse(parse_json_object(raw)))
 
     def close(self) -> None:
         """Gives up the threads; what they still do is of no use to anybody."""

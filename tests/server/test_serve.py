@@ -20,9 +20,11 @@ import httpx
 import pytest
 
 from jaxpaged.config import ServerConfig
+from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.errors import ConfigError
 from jaxpaged.server.listen import bind, is_loopback, url_of
 from jaxpaged.server.logs import MAX_QUEUED_LINES, LineFormatter, QueuedHandler
+from jaxpaged.server.serve import _Report
 
 PROGRAM = """
 import json, os, sys
@@ -173,8 +175,8 @@ class Streams:
 
 
 def test_sigterm_drains_and_loses_no_stream(start):
-    process = start(step_s=0.02).ready()
-    streams = Streams(process.url, 32, 100)
+    process = start(step_s=0.05, shutdown_timeout=100.0).ready()
+    streams = Streams(process.url, 32, 40)
     process.signal(signal.SIGTERM)
     process.wait_for("draining 32 calls")
     answer = httpx.get(process.url + "/readyz")
@@ -183,11 +185,11 @@ def test_sigterm_drains_and_loses_no_stream(start):
     refused = httpx.post(process.url + "/v1/completions", json={"model": "echo", "prompt": "x"})
     assert (refused.status_code, refused.json()["error"]["code"]) == (503, "service_unavailable")
     assert "retry-after" in refused.headers
-    assert process.end() == 0
+    assert process.end(100.0) == 0
     streams.join()
     for text in streams.texts:
         assert text.endswith(b"data: [DONE]\n\n")
-        assert text.count(b'"text":"x"') == 100
+        assert text.count(b'"text":"x"') == 40
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
@@ -401,6 +403,14 @@ def test_a_log_that_nobody_reads_holds_up_nothing():
     assert time.monotonic() - began < 5.0
     assert handler.dropped > 1000
     os.close(reading)
+
+
+def test_the_periodic_line_is_vllms_and_silent_when_idle():
+    report = _Report(EngineStats())
+    assert report.line(EngineStats()) is None
+    line = report.line(EngineStats(steps=5, prompt_tokens=100, generation_tokens=50, running=3, waiting=2, kv_cache_usage=0.713))
+    shape = r"Engine 000: Avg prompt throughput: [\d.]+ tokens/s, Avg generation throughput: [\d.]+ tokens/s, "
+    assert re.fullmatch(shape + r"Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 71\.3%", line)
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])

@@ -13,6 +13,7 @@ from server_harness import LoopbackServer, until
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.server import body as body_module
+from jaxpaged.server import service as service_module
 from jaxpaged.server.http import GuardedProtocol
 
 BODY = b'{"model":"echo","prompt":"ok","max_tokens":2}'
@@ -203,6 +204,22 @@ def test_a_large_body_is_refused_while_it_comes_in(make_server):
             pass
         assert sent < 20_000_000  # what the kernel's buffers hold at most
     assert httpx.get(server.url + "/version").status_code == 200
+
+
+def test_bodies_of_all_clients_together_are_bounded(make_server, monkeypatch):
+    monkeypatch.setattr(service_module, "BODIES_HELD", 2)
+    server = make_server(config=ServerConfig(max_body_bytes=10_000))
+    part = HEAD + b"Content-Length: 9000\r\n\r\n" + b" " * 8000
+    with server.connect() as first, server.connect() as second, server.connect() as third:
+        for connection in (first, second):
+            connection.sendall(part)
+        until(lambda: server.service._bodies._held == 16_000)
+        third.sendall(part)
+        assert status_of(third.recv(65536)) == 429
+        for connection in (first, second):
+            connection.sendall(b" " * 955 + BODY)
+            assert status_of(connection.recv(65536)) == 200
+    assert server.service._bodies._held == 0
 
 
 def send_generation(connection, **fields):
