@@ -159,7 +159,7 @@ class FakeAsyncEngine:
         self.running[request.id] = FakeStream(self, request)
         return self.running[request.id]
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
+    def abort(self, request_id: str, index: int | None = None, *, reason: FinishReason = FinishReason.ABORT) -> None:
         if request_id in self.running:
             self.running[request_id].abort(index)
 

@@ -19,7 +19,7 @@ from jaxpaged.engine.output import Delta, OutputProcessor
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.errors import GenerationError
 from jaxpaged.scheduling.plan import TokenEvent
-from jaxpaged.scheduling.request import Request
+from jaxpaged.scheduling.request import FinishReason, Request
 from jaxpaged.server.answers import ClientGone, Unavailable, describe, encode
 from jaxpaged.server.calls import Call
 from jaxpaged.server.gate import log_fault
@@ -175,7 +175,7 @@ class Generation:
                 if delta.finish_reason == "abort":
                     raise Unavailable("the engine ended this request")
                 if delta.finish_reason is not None and event.finish_reason is None:
-                    self._engine.abort(request.id, event.index)
+                    self._engine.abort(request.id, event.index, reason=FinishReason.STOP)
                 yield self._choices[i * n + delta.index], delta
                 if all(output.finished for output in self._outputs):
                     return
