@@ -22,6 +22,7 @@ from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
 from jaxpaged.engine.async_engine import AsyncEngine
 
+ROOT = Path(__file__).parents[2]
 BUCKETS = (16, 64)
 SEQUENCES = 16
 PROMPTS = [
@@ -286,18 +287,22 @@ def test_pool_waste_is_small_for_long_contexts(cache):
 @pytest.mark.slow
 def test_sigterm_under_load_loses_no_stream(cache):
     """The real process, the real model, 32 streams."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2]), "JAX_PLATFORMS": "cpu"}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "JAX_PLATFORMS": "cpu"}
     flags = ["--port", "0", "--max-num-seqs", str(SEQUENCES), "--max-num-batched-tokens", str(BUCKETS[-1]), "--num-pages", "513"]
     flags += ["--token-buckets", ",".join(map(str, BUCKETS)), "--compilation-cache-dir", str(cache)]
-    process = subprocess.Popen([sys.executable, "-m", "jaxpaged.cli", "serve", *flags], stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        [sys.executable, "scripts/serve_local.py", *flags], stderr=subprocess.PIPE, text=True, env=environment, cwd=ROOT
+    )
     lines = []
     reader = threading.Thread(target=lambda: lines.extend(process.stderr), daemon=True)
     try:
         url = ""
         for line in process.stderr:
+            lines.append(line)
             if match := re.search(r"ready +(\S+)", line):
                 url = match[1]
                 break
+        assert url, lines
         reader.start()
         texts = [b""] * 32
 
