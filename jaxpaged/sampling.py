@@ -190,66 +190,69 @@ def _uniform_bits(inputs: StepInputs) -> UInt[Array, " S"]:
 
 
 class _Tokens(NamedTuple):
-    """Tokens of each row among which a boundary is sought: logits, weights and ids [S, C]."""
+    """Tokens of each row among which a boundary is sought: their logits and weights."""
 
     x: Float[Array, "S C"]
-    units: Int[Array, "S C"]
-    ids: Int[Array, "S C"]
+    weights: Int[Array, "S C"]
 
-
-_Reaches = Callable[[Bool[Array, "S C"], _Tokens], Bool[Array, " S"]]
-"""Whether a set of tokens is large enough; once it is, it stays so as tokens are added."""
+    def mass_of(self, mask: Bool[Array, "S C"], limb_bits: int) -> _Mass:
+        """What the marked tokens weigh together."""
+        return _mass(jnp.where(mask, self.weights, 0), limb_bits)
 
 
 def _restrict(
     x: Float[Array, "S V"],
     units: Int[Array, "S V"],
-    largest: Float[Array, "S B"],
+    maxima: Float[Array, "S B"],
     top_k: Int[Array, " S"],
     top_p: Float[Array, " S"],
     limb_bits: int,
 ) -> Int[Array, "S V"]:
-    """Sets the weights of the tokens that top_k (0 for all), then top_p (1 for all) leave out to zero."""
+    """Sets the weights of the tokens that top_k (0 for all), then top_p (1 for all) leave out to zero.
 
-    def keep_top_k(units: Array) -> Array:
-        keep = _shortest_prefix(x, units, largest, lambda mask, _: _count(mask) >= top_k.astype(jnp.float32))
-        return jnp.where(keep | (top_k == 0)[:, None], units, 0)
+    Both keep the fewest tokens that weigh enough together, top_k with a weight of 1 for each token.
+    """
 
-    def keep_top_p(units: Array) -> Array:
-        total = _mass(units, limb_bits)
-        share = jnp.clip(top_p * 2.0**32, 1.0, 2.0**32 - 256).astype(jnp.uint32)
-        target = total.minus(_fraction_of(-share, total, limb_bits), limb_bits)  # all but what may go: the share rounded up
-        wanted = top_p < 1.0
+    def restrict(stage: Array, units: Array) -> Array:
+        by_count = stage == 0
+        wanted = jnp.where(by_count, top_k > 0, top_p < 1.0)
 
-        def reaches(mask: Array, tokens: _Tokens) -> Array:
-            return ~wanted | _mass(jnp.where(mask, tokens.units, 0), limb_bits).at_least(target)
+        def keep() -> Array:
+            weights = jnp.where(by_count, 1, units)
+            total = _mass(weights, limb_bits)
+            share = jnp.clip(top_p * 2.0**32, 1.0, 2.0**32 - 256).astype(jnp.uint32)
+            most = total.minus(_fraction_of(-share, total, limb_bits), limb_bits)  # all but what may go: the share rounded up
+            count = _carry(jnp.zeros_like(share), top_k.astype(jnp.uint32), limb_bits)
+            target = _Mass(*(jnp.where(wanted, jnp.where(by_count, c, m), 0) for c, m in zip(count, most, strict=True)))
+            return jnp.where(_fewest(_Tokens(x, weights), maxima, target, limb_bits) | ~wanted[:, None], units, 0)
 
-        return jnp.where(_shortest_prefix(x, units, largest, reaches) | ~wanted[:, None], units, 0)
+        return lax.cond(jnp.any(wanted), keep, lambda: units)
 
-    units = lax.cond(jnp.any(top_k > 0), keep_top_k, lambda units: units, units)
-    return lax.cond(jnp.any(top_p < 1.0), keep_top_p, lambda units: units, units)
+    return lax.fori_loop(0, 2, restrict, units)
 
 
-def _shortest_prefix(
-    x: Float[Array, "S V"], units: Int[Array, "S V"], largest: Float[Array, "S B"], reaches: _Reaches
-) -> Bool[Array, "S V"]:
-    """Marks the fewest tokens that reach, in the order of the logits downwards and of the ids upwards among equals.
+def _fewest(tokens: _Tokens, maxima: Float[Array, "S B"], target: _Mass, limb_bits: int) -> Bool[Array, "S V"]:
+    """Marks the fewest tokens that weigh the target, in the order of the logits downwards and of the ids upwards among equals.
 
     Looks first among the blocks with the largest maxima: every token beyond the least of these maxima is in them, so if these
-    tokens reach, the boundary is among them. Only if they do not for some row are all tokens searched.
+    tokens weigh enough, the boundary is among them. Only if they do not for some row are all tokens searched.
     """
-    rows, vocab = x.shape
-    everything = _Tokens(x, units, jnp.arange(vocab, dtype=jnp.int32)[None])
-    if largest.shape[-1] <= _NEAR_BLOCKS:
-        value, last = _boundary(everything, reaches)
+    rows, vocab = tokens.x.shape
+    ids = jnp.arange(vocab, dtype=jnp.int32)[None]
+    if maxima.shape[-1] <= _NEAR_BLOCKS:
+        value, last = _boundary(tokens, ids, target, limb_bits)
     else:
-        maxima, blocks = lax.top_k(largest, _NEAR_BLOCKS)
-        ids = (blocks[:, :, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(rows, -1)
-        near = _Tokens(*(_take_blocks(array, blocks) for array in (x, units)), ids)
-        least = maxima[:, -1]
-        inside = reaches(near.x > least[:, None], near) | (least == -jnp.inf)
-        value, last = lax.cond(jnp.all(inside), lambda: _boundary(near, reaches), lambda: _boundary(everything, reaches))
-    return (x > value[:, None]) | ((x == value[:, None]) & (everything.ids <= last[:, None]))
+        largest, blocks = lax.top_k(maxima, _NEAR_BLOCKS)
+        near_ids = (blocks[:, :, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(rows, -1)
+        near = _Tokens(*(_take_blocks(array, blocks) for array in tokens))
+        least = largest[:, -1]
+        inside = near.mass_of(near.x > least[:, None], limb_bits).at_least(target) | (least == -jnp.inf)
+        value, last = lax.cond(
+            jnp.all(inside),
+            lambda: _boundary(near, near_ids, target, limb_bits),
+            lambda: _boundary(tokens, ids, target, limb_bits),
+        )
+    return (tokens.x > value[:, None]) | ((tokens.x == value[:, None]) & (ids <= last[:, None]))
 
 
 def _take_blocks(array: Shaped[Array, "S V"], blocks: Int[Array, "S N"]) -> Shaped[Array, "S C"]:
@@ -257,18 +260,22 @@ def _take_blocks(array: Shaped[Array, "S V"], blocks: Int[Array, "S N"]) -> Shap
     return jnp.take_along_axis(array.reshape(rows, -1, _BLOCK), blocks[:, :, None], axis=1).reshape(rows, -1)
 
 
-def _boundary(tokens: _Tokens, reaches: _Reaches) -> tuple[Float[Array, " S"], Int[Array, " S"]]:
-    """Returns logit and id of the last token of the shortest prefix that reaches.
+def _boundary(tokens: _Tokens, ids: Int[Array, "S C"], target: _Mass, limb_bits: int) -> tuple[Float[Array, " S"], Int[Array, " S"]]:
+    """Returns logit and id of the last of the fewest tokens that weigh the target.
 
-    For rows that reach without any token the logit is NaN, which no token equals or exceeds.
+    For rows with a target of 0 the logit is NaN, which no token equals or exceeds.
     """
     rows = tokens.x.shape[0]
-    value = _nth_float(_largest(32, rows, lambda n: reaches(tokens.x >= _nth_float(n)[:, None], tokens)))
+
+    def reaches(mask: Array) -> Array:
+        return tokens.mass_of(mask, limb_bits).at_least(target)
+
+    value = _nth_float(_largest(32, rows, lambda n: reaches(tokens.x >= _nth_float(n)[:, None])))
     above, equal = tokens.x > value[:, None], tokens.x == value[:, None]
-    ties = (_count(equal) > 1) & (value > -jnp.inf)  # tokens of -inf weigh nothing, kept or not
+    ties = (_count(equal) > 1) & (value > -jnp.inf)  # tokens of -inf weigh nothing in the end, kept or not
 
     def last_of_ties() -> Array:
-        short = _largest(31, rows, lambda n: ~reaches(above | (equal & (tokens.ids < n.astype(jnp.int32)[:, None])), tokens))
+        short = _largest(31, rows, lambda n: ~reaches(above | (equal & (ids < n.astype(jnp.int32)[:, None]))))
         return short.astype(jnp.int32)
 
     return value, lax.cond(jnp.any(ties), last_of_ties, lambda: jnp.full(rows, 2**31 - 1, jnp.int32))
@@ -312,9 +319,12 @@ def _limb_bits(vocab: int) -> int:
     return min(15, 32 - vocab.bit_length())
 
 
-def _carry(high: UInt[Array, "*n"], low: Int[Array, "*n"], limb_bits: int) -> _Mass:
-    """Brings a low limb, possibly negative, into its range."""
-    return _Mass(high + (low >> limb_bits).astype(jnp.uint32), (low & (2**limb_bits - 1)).astype(jnp.uint32))
+def _carry(high: UInt[Array, "*n"], low: UInt[Array, "*n"], limb_bits: int) -> _Mass:
+    return _Mass(high + (low >> limb_bits), low & (2**limb_bits - 1))
+
+
+def _limbs(weights: Int[Array, "*n"], limb_bits: int) -> UInt[Array, "*m"]:
+    return jnp.stack([weights >> limb_bits, weights & (2**limb_bits - 1)])
 
 
 def _count(mask: Bool[Array, "*n C"]) -> Float[Array, "*n"]:
@@ -322,22 +332,19 @@ def _count(mask: Bool[Array, "*n C"]) -> Float[Array, "*n"]:
     return jnp.sum(jnp.where(mask, 1.0, 0.0), axis=-1)
 
 
-def _block_sums(units: Int[Array, "S C"], limb_bits: int) -> tuple[UInt[Array, "S N"], Int[Array, "S N"]]:
+def _block_sums(weights: Int[Array, "S C"], limb_bits: int) -> UInt[Array, "2 S N"]:
     """Adds up the high and the low limbs of blocks of 64 to 512 weights.
 
     Each sum is a float below 2**24, so it is exact in whatever order it is made. The limbs are cut as integers: in a sum of
     floats XLA reassociates, and ``(a + b) - b`` is then ``a``.
     """
-    rows, count = units.shape
-    units = units.reshape(rows, -1, math.gcd(count, _SUM_BLOCK))
-    limbs = (units >> limb_bits, units & (2**limb_bits - 1))
-    high, low = (jnp.sum(limb.astype(jnp.float32), axis=-1) for limb in limbs)
-    return high.astype(jnp.uint32), low.astype(jnp.int32)
+    rows, count = weights.shape
+    limbs = _limbs(weights.reshape(rows, -1, math.gcd(count, _SUM_BLOCK)), limb_bits)
+    return jnp.sum(limbs.astype(jnp.float32), axis=-1).astype(jnp.uint32)
 
 
-def _mass(units: Int[Array, "S C"], limb_bits: int) -> _Mass:
-    high, low = _block_sums(units, limb_bits)
-    return _carry(jnp.sum(high, axis=-1, dtype=jnp.uint32), jnp.sum(low, axis=-1, dtype=jnp.int32), limb_bits)
+def _mass(weights: Int[Array, "S C"], limb_bits: int) -> _Mass:
+    return _carry(*jnp.sum(_block_sums(weights, limb_bits), axis=-1, dtype=jnp.uint32), limb_bits)
 
 
 def _multiply_high(a: UInt[Array, "*n"], b: UInt[Array, "*n"]) -> UInt[Array, "*n"]:
@@ -353,31 +360,29 @@ def _fraction_of(fraction: UInt[Array, "*n"], mass: _Mass, limb_bits: int) -> _M
     rest = fraction * mass.low
     carry = ((whole << limb_bits) + rest) < rest
     low = (whole >> (32 - limb_bits)) + _multiply_high(fraction, mass.low) + carry.astype(jnp.uint32)
-    return _carry(_multiply_high(fraction, mass.high), low.astype(jnp.int32), limb_bits)
+    return _carry(_multiply_high(fraction, mass.high), low, limb_bits)
 
 
 def _pick(units: Int[Array, "S V"], bits: UInt[Array, " S"], limb_bits: int) -> Int[Array, " S"]:
     """The token at ``bits / 2**32`` of the way through the weights in order of ids, so one of zero weight never."""
     rows, vocab = units.shape
-    high, low = _block_sums(units, limb_bits)
-    goal = _fraction_of(bits, _mass(units, limb_bits), limb_bits)
-    block, goal = _find(high, low, goal, limb_bits)
+    sums = _block_sums(units, limb_bits)
+    total = _carry(*jnp.sum(sums, axis=-1, dtype=jnp.uint32), limb_bits)
+    block, goal = _find(sums, _fraction_of(bits, total, limb_bits), limb_bits)
 
     width = math.gcd(vocab, _SUM_BLOCK)
     chosen = jnp.take_along_axis(units.reshape(rows, -1, width), block[:, None, None], axis=1)[:, 0]
-    index, _ = _find((chosen >> limb_bits).astype(jnp.uint32), chosen & (2**limb_bits - 1), goal, limb_bits)
+    index, _ = _find(_limbs(chosen, limb_bits).astype(jnp.uint32), goal, limb_bits)
     return block * width + index
 
 
-def _find(high: UInt[Array, "S N"], low: Int[Array, "S N"], goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
+def _find(limbs: UInt[Array, "2 S N"], goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
     """Returns the last index before which at most the goal lies, and the goal less what lies before it."""
-    rows, count = high.shape
+    _, rows, count = limbs.shape
     order = jnp.arange(count, dtype=jnp.uint32)
 
     def before(n: Array) -> _Mass:
-        mask = order < n[:, None]
-        sums = (jnp.sum(jnp.where(mask, limb, 0), axis=-1, dtype=limb.dtype) for limb in (high, low))
-        return _carry(*sums, limb_bits)
+        return _carry(*jnp.sum(jnp.where(order < n[:, None], limbs, 0), axis=-1, dtype=jnp.uint32), limb_bits)
 
     index = _largest(count.bit_length(), rows, lambda n: (n < count) & goal.at_least(before(n)))
     return index.astype(jnp.int32), goal.minus(before(index), limb_bits)

@@ -20,6 +20,8 @@ from jaxpaged.state import RowFlag, SamplingState, StepInputs, TokenFlag, init_s
 
 SAMPLES = int(RowFlag.SAMPLES)
 RANDOM = int(RowFlag.SAMPLES | RowFlag.RANDOM)
+VOCAB = 128
+LARGE_VOCAB = 8320  # more than 128 blocks of 64
 
 jit_sample = jax.jit(sampling.sample)
 jit_logprobs = jax.jit(sampling.token_logprobs)
@@ -53,15 +55,30 @@ def make_inputs(rows: list[Row], num_slots: int, size: int | None = None) -> Ste
     return inputs
 
 
+def new_state(vocab: int) -> SamplingState:
+    return init_sampling_state(64, padded(vocab))
+
+
+def padded(vocab: int) -> int:
+    """Few sizes are few compilations."""
+    return max(vocab, VOCAB)
+
+
 def run(
-    logits: np.ndarray, rows: list[Row], state: SamplingState | None = None, size: int | None = None
+    logits: np.ndarray, rows: list[Row], state: SamplingState | None = None, *, size: int | None = None, exactly: bool = False
 ) -> tuple[np.ndarray, SamplingState]:
-    """Samples rows with slots of their own unless a state is given; pads with NaN rows to ``size``."""
+    """Samples rows, padded with rows of NaN to 16 or 512, and with ids of -inf to 128 unless ``exactly``.
+
+    Every test gives rows slots of its own; a state of 64 slots is made if none is given.
+    """
+    size = size or (16 if len(rows) <= 16 else 512)
+    vocab = logits.shape[1] if exactly else padded(logits.shape[1])
     if state is None:
-        state = init_sampling_state(max(row.slot for row in rows) + 1, logits.shape[1])
-    padded = np.full((size or len(rows), logits.shape[1]), np.nan, np.float32)
-    padded[: len(rows)] = logits
-    tokens, state = jit_sample(padded, make_inputs(rows, state.last_tokens.shape[0], size), state)
+        state = init_sampling_state(64 if len(rows) <= 64 else 512, vocab)
+    filled = np.full((size, vocab), np.nan, np.float32)
+    filled[: len(rows)] = -np.inf
+    filled[: len(rows), : logits.shape[1]] = logits
+    tokens, state = jit_sample(filled, make_inputs(rows, state.last_tokens.shape[0], size), state)
     assert (np.asarray(tokens)[len(rows) :] == -1).all()
     return np.asarray(tokens)[: len(rows)], state
 
@@ -135,15 +152,16 @@ ROWS = st.builds(
     rows=st.lists(ROWS, min_size=8, max_size=8),
     seed=st.integers(0, 2**32 - 1),
     scale=st.sampled_from([0.1, 1.0, 5.0]),
-    vocab=st.sampled_from([150, 8320]),
+    vocab=st.sampled_from([VOCAB, LARGE_VOCAB]),
 )
 def test_any_mixture_of_parameters_agrees_with_float64(rows: list[Row], seed: int, scale: float, vocab: int) -> None:
     rng = np.random.default_rng(seed)
     logits = (rng.standard_normal((8, vocab)) * scale).astype(np.float32)
     bias = np.where(rng.random((8, vocab)) < 0.2, -np.inf, rng.choice([0.0, 0.0, 2.0, -100.0], (8, vocab))).astype(np.float32)
     flags = (rng.integers(0, 4, (8, vocab)) + 4 * rng.poisson(0.3, (8, vocab))).astype(np.int32)
-    slots = rng.permutation(8)
-    state = SamplingState(jnp.full(8, 77, jnp.int32), jnp.asarray(bias[np.argsort(slots)]), jnp.asarray(flags[np.argsort(slots)]))
+    slots = rng.permutation(64)[:8]
+    before = new_state(vocab)
+    state = SamplingState(jnp.full(64, 77, jnp.int32), before.logit_bias.at[slots].set(bias), before.token_flags.at[slots].set(flags))
     rows = [dataclasses.replace(row, slot=int(slot)) for row, slot in zip(rows, slots, strict=True)]
 
     tokens, after = run(logits, rows, state)
@@ -179,7 +197,7 @@ def test_draws_follow_the_distribution(row: Row, by: str) -> None:
     """Chi-squared on 102,400 draws, once over as many seeds and once over the positions of 64 seeds; fixed, so it cannot flake."""
     rng = np.random.default_rng(5)
     x = (rng.standard_normal(97) * 2).astype(np.float32)
-    size, steps = 1024, 100
+    size, steps = 512, 200
     inputs = make_inputs([row] * size, size)
     inputs.slots[:] = np.arange(size)
 
@@ -256,13 +274,14 @@ def jit_sample_everywhere(*args: object) -> tuple[jax.Array, SamplingState]:
 def test_searching_near_blocks_first_changes_nothing(scale: float, ties: bool) -> None:
     """A boundary found among the likeliest blocks is the one found among all tokens, where large nuclei make all rows look."""
     rng = np.random.default_rng(7)
-    logits = (rng.standard_normal((8, 9216)) * scale).astype(np.float32)
+    logits = (rng.standard_normal((16, LARGE_VOCAB)) * scale).astype(np.float32)
     logits = np.round(logits) if ties else logits
-    rows = [Row(RANDOM, top_k=k, top_p=p, seed=i, slot=i) for i, (k, p) in enumerate(itertools.product([0, 3, 80, 9000], [0.6, 0.999]))]
-    small = [dataclasses.replace(row, top_k=row.top_k % 9000 or 5) for row in rows]
+    rows = [Row(RANDOM, top_k=k, top_p=p, seed=i, slot=i) for i, (k, p) in enumerate(itertools.product([0, 3, 80, 8200], [0.6, 0.999]))]
+    rows += [dataclasses.replace(row, slot=8 + i, seed=8 + i, temperature=0.5) for i, row in enumerate(rows)]
+    small = [dataclasses.replace(row, top_k=row.top_k % 8200 or 5) for row in rows]
     for chosen in (rows, small):
         tokens, _ = run(logits, chosen)
-        everywhere, _ = jit_sample_everywhere(logits, make_inputs(chosen, 8), init_sampling_state(8, 9216))
+        everywhere, _ = jit_sample_everywhere(logits, make_inputs(chosen, 64), new_state(LARGE_VOCAB))
         np.testing.assert_array_equal(tokens, everywhere)
         for i, row in enumerate(chosen):
             check_draw(logits[i].astype(np.float64), row, int(tokens[i]))
@@ -284,7 +303,7 @@ def test_ids_stay_inside_any_vocabulary_and_hopeless_rows_give_minus_one(vocab: 
         lambda i: Row(RANDOM, seed=i, slot=i),
         lambda i: Row(RANDOM, seed=i, top_k=3, top_p=0.5, min_p=0.1, temperature=2.0, slot=i),
     ):
-        tokens, state = run(logits, [make(i) for i in range(count)])
+        tokens, state = run(logits, [make(i) for i in range(count)], exactly=True)
         assert (tokens[count - len(bad) :] == -1).all()
         assert ((tokens[: count - len(bad)] >= 0) & (tokens[: count - len(bad)] < vocab)).all()
         assert tokens[3] == vocab - 1
@@ -293,8 +312,8 @@ def test_ids_stay_inside_any_vocabulary_and_hopeless_rows_give_minus_one(vocab: 
 
 def test_tokens_of_no_probability_are_never_drawn() -> None:
     rng = np.random.default_rng(3)
-    logits = np.full((512, 300), -np.inf, np.float32)
-    allowed = [rng.choice(300, 3, replace=False) for _ in range(512)]
+    logits = np.full((512, VOCAB), -np.inf, np.float32)
+    allowed = [rng.choice(VOCAB, 3, replace=False) for _ in range(512)]
     for row, ids in zip(logits, allowed, strict=True):
         row[ids] = rng.standard_normal(3)
     for position in range(1, 30):
@@ -346,7 +365,7 @@ def test_restrictions_apply_one_after_the_other() -> None:
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy() -> None:
-    logits = (np.random.default_rng(2).standard_normal((64, 1000)) * 0.1).astype(np.float32)
+    logits = (np.random.default_rng(2).standard_normal((64, VOCAB)) * 0.1).astype(np.float32)
     greedy, _ = run(logits, [Row(slot=i) for i in range(64)])
     np.testing.assert_array_equal(greedy, logits.argmax(-1))
     for params in ({"top_k": 1}, {"top_p": 1e-12}, {"min_p": 1.0}):
@@ -355,20 +374,17 @@ def test_top_k_of_one_and_a_tiny_top_p_are_greedy() -> None:
 
 
 def test_seeds_have_64_bits_and_the_number_drawn_is_the_documented_one() -> None:
-    logits = np.zeros((1, 4096), np.float32)
     seeds = [0, 1, -1, 2**32, 2**32 + 1, -(2**63), 2**63 - 1, 2**31, -(2**31), 12345678901234]
-    seen = set()
-    for seed in seeds:
-        tokens = [int(run(logits, [Row(RANDOM, seed=seed, position=p)])[0][0]) for p in range(1, 5)]
-        assert tokens == [int(uniform(seed, p) * 4096) for p in range(1, 5)]
-        seen.add(tuple(tokens))
-    assert len(seen) == len(seeds)
+    rows = [Row(RANDOM, seed=seed, position=p) for seed in seeds for p in range(1, 7)]
+    tokens, _ = run(np.zeros((len(rows), VOCAB), np.float32), [dataclasses.replace(row, slot=i) for i, row in enumerate(rows)])
+    assert tokens.tolist() == [int(uniform(row.seed, row.position) * VOCAB) for row in rows]
+    assert len({tuple(tokens[i : i + 6]) for i in range(0, len(rows), 6)}) == len(seeds)
 
 
 def test_a_row_does_not_depend_on_batch_slot_or_bucket() -> None:
     """Bitwise, for the same logits: neighbours, order, slots and padded sizes change."""
     rng = np.random.default_rng(11)
-    count, vocab = 16, 8320
+    count, vocab = 16, LARGE_VOCAB
     logits = (rng.standard_normal((count, vocab)) * rng.choice([0.5, 3.0], (count, 1))).astype(np.float32)
     choices = [
         Row(SAMPLES),
@@ -379,12 +395,12 @@ def test_a_row_does_not_depend_on_batch_slot_or_bucket() -> None:
     ]
     rows = [dataclasses.replace(choices[i % 5], seed=i * 7919, position=3 + i, slot=i) for i in range(count)]
     together, _ = run(logits, rows)
-    for size in (1, 4, 32):
+    for size in (1, 16, 64):
         for start in range(0, count, max(size // 2, 1)):
             part = list(range(start, min(start + max(size // 2, 1), count)))
             rng.shuffle(part)
             moved = [dataclasses.replace(rows[i], slot=int(slot)) for i, slot in zip(part, rng.permutation(64)[: len(part)], strict=True)]
-            tokens, _ = run(logits[part], moved, init_sampling_state(64, vocab), size=size)
+            tokens, _ = run(logits[part], moved, new_state(vocab), size=size)
             np.testing.assert_array_equal(tokens, together[part])
 
 
@@ -396,27 +412,28 @@ def test_rows_without_flags_never_read_what_a_slot_holds() -> None:
         Row(SAMPLES | RowFlag.BIAS, slot=2),
         Row(SAMPLES | RowFlag.PENALTIES, slot=3, repetition_penalty=2.0),
     ]
+    state = new_state(100)
     stale = SamplingState(
-        jnp.zeros(4, jnp.int32),
-        jnp.zeros((4, 100)).at[:2].set(jnp.nan).at[3].set(-jnp.inf),
-        jnp.zeros((4, 100), jnp.int32).at[:3].set(-1),
+        state.last_tokens,
+        state.logit_bias.at[:2].set(jnp.nan).at[3].set(-jnp.inf),
+        state.token_flags.at[:3].set(-1),
     )
-    np.testing.assert_array_equal(run(logits, rows, stale)[0], run(logits, rows, init_sampling_state(4, 100))[0])
+    np.testing.assert_array_equal(run(logits, rows, stale)[0], run(logits, rows)[0])
 
 
 def test_rows_that_do_not_sample_change_nothing() -> None:
     logits = np.random.default_rng(4).standard_normal((3, 100)).astype(np.float32)
-    state = dataclasses.replace(init_sampling_state(3, 100), last_tokens=jnp.asarray([41, 42, 43], jnp.int32))
+    state = dataclasses.replace(new_state(100), last_tokens=jnp.arange(41, 105, dtype=jnp.int32))
     rows = [Row(0, slot=0), Row(int(RowFlag.RANDOM | RowFlag.PENALTIES), slot=1), Row(slot=2)]
     tokens, after = run(logits, rows, state)
     assert tokens.tolist() == [-1, -1, logits[2].argmax()]
-    assert after.last_tokens.tolist() == [41, 42, logits[2].argmax()]
+    assert after.last_tokens.tolist() == [41, 42, logits[2].argmax(), *range(44, 105)]
     assert not np.asarray(after.token_flags).any()
 
 
 def test_bad_rows_hurt_themselves_only() -> None:
     rng = np.random.default_rng(8)
-    logits = (rng.standard_normal((8, 500)) * 2).astype(np.float32)
+    logits = (rng.standard_normal((8, VOCAB)) * 2).astype(np.float32)
     rows = [Row(RANDOM | (4 if i % 2 else 8), top_p=0.9, repetition_penalty=1.5, seed=i, slot=i) for i in range(8)]
     clean, _ = run(logits, rows)
     logits[1, 17], logits[4], logits[6, 3] = np.nan, -np.inf, np.inf
@@ -429,8 +446,8 @@ def test_bad_rows_hurt_themselves_only() -> None:
 def test_a_banned_nan_is_still_an_error() -> None:
     logits = np.zeros((3, 50), np.float32)
     logits[0, 7], logits[1, 7], logits[2, 7] = np.nan, np.inf, np.nan
-    state = init_sampling_state(3, 50)
-    bias, flags = sampling.slot_rows(50, bad_token_ids=[7], stop_token_ids=[7], min_tokens=3)
+    state = new_state(50)
+    bias, flags = sampling.slot_rows(VOCAB, bad_token_ids=[7], stop_token_ids=[7], min_tokens=3)
     for slot in range(3):
         state = sampling.set_slot(state, slot, bias, flags)
     rows = [Row(SAMPLES | bits, slot=i) for i, bits in enumerate([RowFlag.BIAS, RowFlag.BIAS, RowFlag.SUPPRESS_STOP])]
@@ -472,15 +489,15 @@ def test_suppressed_stops_allowed_and_bad_ids_hold_for_greedy_and_drawn_rows() -
             3,
         ),
     ):
-        state = init_sampling_state(2, 5)
+        state = new_state(5)
         for slot in range(2):
-            state = sampling.set_slot(state, slot, *sampling.slot_rows(5, **params))
+            state = sampling.set_slot(state, slot, *sampling.slot_rows(VOCAB, **params))
         tokens, _ = run(logits, [Row(SAMPLES | bits, slot=0), Row(RANDOM | bits, temperature=0.01, slot=1)], state)
         assert tokens.tolist() == [expected, expected]
 
 
 def test_nothing_left_to_choose_gives_minus_one() -> None:
-    state = sampling.set_slot(init_sampling_state(1, 5), 0, *sampling.slot_rows(5, allowed_token_ids=[2], stop_token_ids=[2], min_tokens=1))
+    state = sampling.set_slot(new_state(5), 0, *sampling.slot_rows(VOCAB, allowed_token_ids=[2], stop_token_ids=[2], min_tokens=1))
     for base in (SAMPLES, RANDOM):
         assert run(np.zeros((1, 5), np.float32), [Row(base | RowFlag.BIAS | RowFlag.SUPPRESS_STOP)], state)[0].tolist() == [-1]
 
@@ -491,7 +508,7 @@ def test_penalties_follow_the_tokens_that_the_device_sampled() -> None:
     vocab, prompt, output = 12, [0, 1, 2], [3, 3]
     logits = (rng.standard_normal(vocab) * 2).astype(np.float32)
     row = Row(SAMPLES | RowFlag.PENALTIES, repetition_penalty=1.4, presence_penalty=0.3, frequency_penalty=0.45, slot=1)
-    state = sampling.set_slot(init_sampling_state(2, vocab), 1, *sampling.slot_rows(vocab, prompt=prompt, output=output, penalties=True))
+    state = sampling.set_slot(new_state(vocab), 1, *sampling.slot_rows(VOCAB, prompt=prompt, output=output, penalties=True))
     for _ in range(10):
         flags = np.zeros(vocab, np.int64)
         np.add.at(flags, output, int(TokenFlag.OUTPUT_ONE))
@@ -508,7 +525,7 @@ def test_penalties_follow_the_tokens_that_the_device_sampled() -> None:
 def test_odd_repetition_penalties_stay_finite() -> None:
     """A subnormal factor is flushed to zero by some devices; a masked token must not come back, nor a large logit overflow."""
     logits = np.array([[20.0, -5.0, 0.0, -np.inf]], np.float32)
-    state = sampling.set_slot(init_sampling_state(1, 4), 0, *sampling.slot_rows(4, prompt=[0, 1, 3], penalties=True))
+    state = sampling.set_slot(new_state(4), 0, *sampling.slot_rows(VOCAB, prompt=[0, 1, 3], penalties=True))
     for factor in (5e-324, 1e-38, 1e-3, 10.0):
         tokens, _ = run(logits, [Row(SAMPLES | RowFlag.PENALTIES, repetition_penalty=factor)], state)
         assert tokens.tolist() == [0]
