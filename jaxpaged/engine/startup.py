@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.metadata
 import platform
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +87,12 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     tokenizer_dir = model_directory(config.tokenizer, weights=False) if config.tokenizer else directory
     tokenizer = Tokenizer.load(tokenizer_dir, chat_template=config.chat_template)
     sizes = _resolve_sizes(config, device.platform)
-    plan = _plan_pool(config, model, params, sizes, device)
-    runner = _make_runner(config, model, params, sizes, plan)
-    progress.say(_describe_pool(config, plan))
-    if config.warmup:
-        _warm_up(runner, cache_dir, progress)
+    with _explaining_lack_of_memory(device):
+        plan = _plan_pool(config, model, params, sizes, device)
+        progress.say(_describe_pool(config, plan))
+        runner = _make_runner(config, model, params, sizes, plan)
+        if config.warmup:
+            _warm_up(runner, cache_dir, progress)
 
     scheduler = Scheduler(
         num_pages=plan.num_pages,
@@ -196,6 +198,22 @@ def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Sizes
         may_shorten=config.max_model_len is None,
         keep_small=device.platform == "cpu" and config.cache.kv_cache_memory_bytes is None,
     )
+
+
+@contextlib.contextmanager
+def _explaining_lack_of_memory(device: jax.Device) -> Iterator[None]:
+    """Turns XLA's complaint into one that names what to do."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        stats = device.memory_stats() or {}
+        held = f" ({gib(stats['bytes_in_use'])} of {gib(stats['bytes_limit'])} in use)" if "bytes_limit" in stats else ""
+        raise ConfigError(
+            f"out of device memory while making pages and programs{held}: lower --gpu-memory-utilization, --num-pages, "
+            f"--max-num-batched-tokens or --max-num-seqs, and see that no other process holds the device"
+        ) from error
 
 
 def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Sizes, plan: MemoryPlan) -> Runner:

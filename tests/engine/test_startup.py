@@ -15,6 +15,7 @@ from jaxpaged.engine import compile_cache
 from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.memory import Budget, plan_memory
 from jaxpaged.engine.progress import Bars, Lines, make_progress
+from jaxpaged.engine.runner import Runner
 from jaxpaged.engine.startup import _generation_defaults, _resolve_sizes, load_engine
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError
@@ -85,6 +86,15 @@ def test_default_sizes_by_platform():
     assert (small.max_num_seqs, small.token_buckets[-1]) == (16, 16)
     wide = _resolve_sizes(EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1000)), "cpu")
     assert wide.max_num_batched_tokens == 1000
+
+
+def test_running_out_of_device_memory_says_what_to_do(monkeypatch):
+    def exhausted(self, progress):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory while trying to allocate 5 bytes")
+
+    monkeypatch.setattr(Runner, "warm_up", exhausted)
+    with pytest.raises(ConfigError, match="--gpu-memory-utilization"):
+        load_engine(make_config(EngineConfig, {"max_num_batched_tokens": 4, "num_pages": 200, "compilation_cache_dir": ""}))
 
 
 def test_a_context_longer_than_the_models_is_refused():
