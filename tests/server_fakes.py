@@ -62,6 +62,9 @@ class FakeStream(AsyncIterator[TokenEvent]):
 
     async def accepted(self) -> None:
         await asyncio.sleep(0)
+        if self._engine.refuse_late:
+            self.close()
+            raise QueueFull("the queue is full", retry_after_s=3)
 
     async def __anext__(self) -> TokenEvent:
         await self._engine.beat()
@@ -92,6 +95,7 @@ class FakeAsyncEngine:
 
     Attributes:
         state, detail, stalled_s: Set by tests; shown by ``status``.
+        refuse_late: Whether requests are refused only after they were handed in, as the engine's own thread may.
         max_calls: Requests that may be in flight; beyond them QueueFull.
         step_s: Seconds between two events of a stream; ``gate`` cleared makes all streams wait.
         running: Requests in flight, by id.
@@ -112,6 +116,7 @@ class FakeAsyncEngine:
         self.submitted: list[Request] = []
         self.emitted = 0
         self.loop: asyncio.AbstractEventLoop | None = None
+        self.refuse_late = False
         self.fail_at: tuple[int, str] | None = None
         self.reply: Callable[[Request], tuple[int, ...]] = lambda request: request.prompt
         self.info: EngineInfo | None = EngineInfo(

@@ -88,6 +88,7 @@ class GuardedProtocol(HttpToolsProtocol):
         """Refuses a request whose body could be read in two ways, then starts it."""
         self._in_head = False
         self._stop_head_timer()
+        # llhttp refuses these itself as configured today; a proxy in front of us may read them differently, so we do not rely on it.
         names = [name for name, _ in self.headers if name in (b"content-length", b"transfer-encoding")]
         if len(names) > 1:
             self._refuse(Problem(400, "a request has one Content-Length or one Transfer-Encoding", "invalid_framing"))

@@ -1,9 +1,13 @@
 """Golden bodies and event streams: what a client reads, to the letter."""
 
+import json
+
 import pytest
 from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
+from jaxpaged.engine.output import TokenText
+from jaxpaged.server.render import Choice, Label, Renderer, Usage
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
 # The scripted model says the prompt again: <|im_start|>user\nhi<|im_end|>, where im_end ends it.
@@ -157,6 +161,15 @@ def test_completion_logprobs_with_echo(client):
         for name, values in (event["choices"][0]["logprobs"] or {}).items():
             streamed[name] += values
     assert (text, streamed) == ("heyhe", choice["logprobs"])
+
+
+def test_the_chosen_token_is_always_among_the_top_ones(client):
+    label = Label(id="x", created=0, model="m", fingerprint="f")
+    best = TokenText(1, "a", b"a", -0.1, 1)
+    chosen = TokenText(2, "b", b"b", -3.0, 7, (best,))
+    choice = Choice(index=0, text=["b"], logprobs=[chosen], finish_reason="stop")
+    body = json.loads(Renderer(label=label, chat=False, want_logprobs=True).answer([choice], Usage.of(1, 1)))
+    assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -3.0}]
 
 
 def test_what_lm_eval_sends(client):

@@ -295,6 +295,15 @@ def test_no_room_is_429_before_the_first_byte(make_client):
     client.works()
 
 
+def test_a_refusal_that_comes_late_is_429_all_the_same(make_client):
+    client = make_client()
+    client.engine.refuse_late = True
+    for stream in (True, False):
+        answer = client.post("/v1/completions", TEXT | {"stream": stream})
+        client.refused(answer, 429, code="queue_full")
+        assert answer.headers["retry-after"] == "3"
+
+
 @pytest.mark.parametrize("state", ["loading", "compiling", "draining", "stopped", "failed"])
 def test_not_ready_is_503(make_client, state):
     client = make_client()
