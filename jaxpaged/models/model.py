@@ -83,7 +83,7 @@ class Model:
         Returns:
             Hidden states after the final norm, and the pool.
         """
-        return self._module(params)(inputs, pool, attention=attention)
+        return self._module(params)(jax.tree.map(jnp.asarray, inputs), pool, attention=attention)
 
     def logits(self, params: Params, hidden: Float[Array, "R E"]) -> Float[Array, "R V"]:
         """Returns float32 scores of every token for some hidden states."""
