@@ -226,6 +226,14 @@ def test_text_that_never_becomes_a_stop_string_comes_in_the_end(tiny):
     assert (text, taken, last.finish_reason, last.stop_reason) == ("the end of", ids, "length", None)
 
 
+def test_an_output_that_ends_in_half_a_character_shows_it(tiny):
+    ids = tiny.encode("ab👍")[:-1]
+    processor = OutputProcessor(request_with(stop=["xyz"]), tiny)
+    texts = [processor.process(event).text for event in events_of(ids)]
+    assert "".join(texts) == tiny.decode(ids) == "ab\ufffd"
+    assert "\ufffd" not in "".join(texts[:-1])
+
+
 @pytest.mark.parametrize("min_tokens", range(0, 12))
 def test_min_tokens_come_before_any_stop(tiny, min_tokens):
     ids = tiny.encode("a b a b a b a b a b")
