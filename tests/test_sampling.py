@@ -362,6 +362,7 @@ def test_restrictions_apply_one_after_the_other() -> None:
     assert drawn(logits, min_p=0.6) == {0, 1}
     assert drawn(logits, min_p=0.6, top_p=0.57) == {0}
     assert drawn(logits, temperature=1e-5) == {0}
+    assert drawn(logits, temperature=0.5, min_p=0.5) == {0, 1}  # 0.09 of 0.16 stays, 0.04 goes
 
 
 def test_top_k_of_one_and_a_tiny_top_p_are_greedy() -> None:
