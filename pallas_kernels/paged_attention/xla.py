@@ -6,25 +6,23 @@ padded sizes, and the temporary memory is that of one chunk of one block whateve
 does not depend on the rows beside it: a chunk that a row does not reach changes none of its bits.
 
 The algorithm is the online softmax of Milakov and Gimelshein (arXiv 1805.02867) as used by FlashAttention (arXiv 2205.14135);
-state and sums are float32. The shapes are chosen for XLA:CPU, which has no other implementation (measured on two cores):
-a gather is as fast as memory only where its innermost run is long enough to be vectorised, so K and V of a head are gathered
-together, as one run of ``2 * D`` numbers; and a product is fastest with the keys on its left side. With few queries it costs
-less to multiply the pair [K, V] with queries that are zero in V's half than to pull K and V apart.
+state and sums are float32. The shapes are chosen for XLA:CPU, which has no other implementation. What was measured on two cores:
+
+- A gather is as fast as memory only where its innermost run is long enough to be vectorised (64 numbers are not). So with few
+  queries K and V of a head are gathered together, as one run of ``2 * D`` numbers, and the queries are zero in V's half.
+- With few queries a product is twice as fast with the keys on its left side.
+- Products do not use a second core. A gather does, but then half of what the product reads lies in the other core's cache, and the
+  two together are slower than on one core. So chunks are gathered into a scratch array row by row, which XLA keeps on one core.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
-
-CHUNK_TOKENS = 128
-"""Key positions that one iteration looks at, rounded up to whole pages."""
-
-ROW_BLOCK = 8
-"""Single-token rows that are served together."""
 
 QUERY_BLOCK = 64
 """Query tokens of one row that are served together."""
@@ -37,6 +35,32 @@ _NO_KEY = -1e30
 
 
 @dataclasses.dataclass(frozen=True)
+class _Tiling:
+    """How much one iteration looks at.
+
+    Attributes:
+        rows: Most single-token rows that are served together.
+        chunk_tokens: Key positions, rounded up to whole pages.
+        scratch_bytes: Limit for the keys and values of one iteration; fewer rows, but two, are served together where they are more.
+        by_row: Whether to gather several rows into a scratch array one by one.
+    """
+
+    rows: int
+    chunk_tokens: int
+    scratch_bytes: int
+    by_row: bool
+
+    def pages(self, page_size: int) -> int:
+        """Returns the pages of a chunk."""
+        return max(1, -(-self.chunk_tokens // page_size))
+
+
+_CPU_SINGLE = _Tiling(rows=4, chunk_tokens=64, scratch_bytes=512 * 1024, by_row=True)
+_ACCELERATOR = _Tiling(rows=64, chunk_tokens=256, scratch_bytes=256 * 1024 * 1024, by_row=False)
+_OTHER = _Tiling(rows=1, chunk_tokens=256, scratch_bytes=0, by_row=False)
+
+
+@dataclasses.dataclass(frozen=True)
 class _Options:
     sm_scale: float
     sliding_window: int | None
@@ -46,18 +70,36 @@ class _Options:
     v_scale: float | Float[Array, ""] | None
 
 
-def _pages_per_chunk(page_size: int) -> int:
-    return max(1, -(-CHUNK_TOKENS // page_size))
+def _gather_runs(
+    kv_pages: Float[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"], *, width: int, first: int = 0
+) -> Float[Array, "W K C width"]:
+    """Returns, of each head of some tokens, a run of ``width`` numbers as float32; zeros where not ``in_use``, be it NaN there.
+
+    Args:
+        kv_pages: The pool of the layer.
+        tokens: Page id times page size plus offset.
+        in_use: Whether the row owns the token.
+        width: ``2 * D`` for K and V side by side, or ``D`` for one of them.
+        first: With ``width`` D, 0 for K and 1 for V.
+    """
+    num_kv, head_dim = kv_pages.shape[2:]
+    runs_per_token = num_kv * head_dim // width
+    heads = jnp.arange(first, runs_per_token, 2 * head_dim // width, dtype=jnp.int32)
+    runs = kv_pages.reshape(-1, width).at[tokens[:, None] * runs_per_token + heads[:, None]].get(mode="clip")
+    return jnp.where(in_use[:, None, :, None], runs, 0).astype(jnp.float32)
 
 
-def _gather_chunk(kv_pages: Float[Array, "N B 2K D"], ids: Int[Array, "W n"], in_use: Bool[Array, "W C"]) -> Float[Array, "W K C 2D"]:
-    """Returns keys and values of some pages as float32, each head's side by side; zeros where not ``in_use``, be it NaN there."""
-    num_pages, page_size, num_kv, head_dim = kv_pages.shape
-    num_kv_heads = num_kv // 2
-    runs = kv_pages.reshape(num_pages * page_size * num_kv_heads, 2 * head_dim)
-    tokens = (ids[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(ids.shape[0], 1, -1)
-    indices = tokens * num_kv_heads + jnp.arange(num_kv_heads, dtype=jnp.int32)[:, None]
-    return jnp.where(in_use[:, None, :, None], runs.at[indices].get(mode="clip"), 0).astype(jnp.float32)
+def _fill_by_row(
+    scratch: Float[Array, "W K C 2D"], kv_pages: Float[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"]
+) -> Float[Array, "W K C 2D"]:
+    """Overwrites the scratch array with keys and values, one row after the other."""
+
+    def fill(row: Array, scratch: Array) -> Array:
+        row_tokens, row_in_use = (lax.dynamic_slice_in_dim(x, row, 1) for x in (tokens, in_use))
+        runs = _gather_runs(kv_pages, row_tokens, row_in_use, width=scratch.shape[3])
+        return lax.dynamic_update_slice_in_dim(scratch, runs, row, 0)
+
+    return lax.fori_loop(0, scratch.shape[0], fill, scratch)
 
 
 def _attend(
@@ -66,6 +108,7 @@ def _attend(
     table: Int[Array, "W P"],
     kv_pages: Float[Array, "N B 2K D"],
     options: _Options,
+    tiling: _Tiling,
 ) -> tuple[Float[Array, "W M H D"], Float[Array, "W M H"]]:
     """Attends M queries of each of W rows to the row's pages.
 
@@ -75,6 +118,7 @@ def _attend(
         table: Page ids of the rows, P a multiple of the pages of a chunk.
         kv_pages: The pool of the layer.
         options: Options of the call.
+        tiling: How much to look at at once.
 
     Returns:
         Outputs and log-sums, float32; 0 and -inf for queries that see nothing.
@@ -83,7 +127,7 @@ def _attend(
     page_size, num_kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
     group = num_q_heads // num_kv_heads
     num_queries = block * group
-    pages_per_chunk = _pages_per_chunk(page_size)
+    pages_per_chunk = tiling.pages(page_size)
     chunk = pages_per_chunk * page_size
     few = num_queries <= FEW_QUERIES
 
@@ -99,16 +143,22 @@ def _attend(
         oldest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max)) - options.sliding_window + 1
         first_chunk = jnp.maximum(oldest, 0) // chunk
 
-    def visit(index: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
-        top, total, acc = state
+    def visit(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
+        top, total, acc, *scratch = state
         ids = lax.dynamic_slice_in_dim(table, index * pages_per_chunk, pages_per_chunk, axis=1)
+        tokens = (ids[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(rows, chunk)
         where = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        kv = _gather_chunk(kv_pages, ids, where <= last)
+        in_use = where <= last
         if few:
-            scores = jnp.einsum("wkcd,wkmd->wkcm", kv, queries, precision="highest")
+            if scratch:
+                scratch = [_fill_by_row(scratch[0], kv_pages, tokens, in_use)]
+            keys = values = scratch[0] if scratch else _gather_runs(kv_pages, tokens, in_use, width=2 * head_dim)
+            scores = jnp.einsum("wkcd,wkmd->wkcm", keys, queries, precision="highest")
             scores = lax.optimization_barrier(scores).transpose(0, 1, 3, 2)  # without it XLA swaps the product's sides back
         else:
-            scores = jnp.einsum("wkmd,wkcd->wkmc", queries, kv[..., :head_dim], precision="highest")
+            keys = _gather_runs(kv_pages, tokens, in_use, width=head_dim)
+            values = _gather_runs(kv_pages, tokens, in_use, width=head_dim, first=1)
+            scores = jnp.einsum("wkmd,wkcd->wkmc", queries, keys, precision="highest")
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
         seen = where <= query_positions
@@ -118,13 +168,14 @@ def _attend(
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
-        values = kv if few else kv[..., head_dim:]
         acc = acc * decay[..., None] + jnp.einsum("wkmc,wkcd->wkmd", weights, values, precision="highest")
-        return new_top, total * decay + weights.sum(-1), acc
+        return new_top, total * decay + weights.sum(-1), acc, *scratch
 
     zero = jnp.zeros((rows, num_kv_heads, num_queries), jnp.float32)
     init = (zero + _NO_KEY, zero, jnp.zeros(queries.shape, jnp.float32))
-    top, total, acc = lax.fori_loop(first_chunk, jnp.max(last) // chunk + 1, visit, init)
+    if few and rows > 1 and tiling.by_row:
+        init = (*init, jnp.zeros((rows, num_kv_heads, chunk, 2 * head_dim), jnp.float32))
+    top, total, acc = lax.fori_loop(first_chunk, jnp.max(last) // chunk + 1, visit, init)[:3]
     acc = acc[..., -head_dim:]
     if options.sinks is not None:
         sinks = jnp.tile(options.sinks, (1, block))
@@ -150,26 +201,30 @@ def _attend_single_token_rows(
     q: Float[Array, "T H D"],
     kv_pages: Float[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
-    table: Int[Array, "S P"],
+    block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
     num_rows: Int[Array, ""],
     options: _Options,
+    tiling: _Tiling,
 ) -> tuple[Float[Array, "S H D"], Float[Array, "S H"]]:
     """Attends the first ``num_rows`` rows, of one token each; the results of other rows are undefined but finite."""
     capacity = kv_lens.shape[0]
-    block = min(ROW_BLOCK, capacity)
+    page_size, num_kv, head_dim = kv_pages.shape[1:]
+    row_bytes = tiling.pages(page_size) * page_size * num_kv * head_dim * 4
+    block = min(max(2, min(tiling.rows, tiling.scratch_bytes // row_bytes)), capacity)
     lens = jnp.where(jnp.arange(capacity) < num_rows, kv_lens, 0)
     order = jnp.argsort(lens, descending=True)
     padding = (0, -capacity % block)
     lens = jnp.pad(lens[order], padding)
-    table = jnp.pad(table[order], (padding, (0, 0)))
+    table = jnp.pad(block_tables[order], (padding, (0, -block_tables.shape[1] % tiling.pages(page_size))))
     queries = jnp.pad(q.at[cu_q_lens[order]].get(mode="clip"), (padding, (0, 0), (0, 0)))
 
     def serve(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         start = index * block
         lens_, table_, queries_ = (lax.dynamic_slice_in_dim(x, start, block) for x in (lens, table, queries))
-        parts = _attend(queries_[:, None], lens_[:, None] - 1, table_, kv_pages, options)
-        return tuple(lax.dynamic_update_slice_in_dim(x, part[:, 0], start, 0) for x, part in zip(results, parts, strict=True))
+        out, lse = _attend(queries_[:, None], lens_[:, None] - 1, table_, kv_pages, options, tiling)
+        update = lax.dynamic_update_slice_in_dim
+        return update(results[0], out[:, 0], start, 0), update(results[1], lse[:, 0], start, 0)
 
     init = (jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:2], jnp.float32))
     out, lse = lax.fori_loop(0, (num_rows + block - 1) // block, serve, init)
@@ -181,15 +236,17 @@ def _attend_other_rows(
     q: Float[Array, "T H D"],
     kv_pages: Float[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
-    table: Int[Array, "S P"],
+    block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
     first_row: Int[Array, ""],
     end_row: Int[Array, ""],
     options: _Options,
+    tiling: _Tiling,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """Attends the rows from ``first_row`` to ``end_row``; zeros and -inf for the tokens of no such row."""
     num_tokens = q.shape[0]
     block = min(QUERY_BLOCK, num_tokens)
+    table = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % tiling.pages(kv_pages.shape[1]))))
 
     def serve_row(row: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
         row_start, row_end = cu_q_lens[row], cu_q_lens[row + 1]
@@ -201,7 +258,7 @@ def _attend_other_rows(
             mine = (tokens >= start) & (tokens < row_end)
             positions = jnp.where(mine, kv_lens[row] - row_end + tokens, -1)
             queries = lax.dynamic_slice_in_dim(q, window, block)
-            parts = _attend(queries[None], positions[None], lax.dynamic_slice_in_dim(table, row, 1), kv_pages, options)
+            parts = _attend(queries[None], positions[None], lax.dynamic_slice_in_dim(table, row, 1), kv_pages, options, tiling)
             old = [lax.dynamic_slice_in_dim(x, window, block) for x in results]
             new = [jnp.where(mine.reshape(-1, *[1] * (o.ndim - 1)), part[0], o) for o, part in zip(old, parts, strict=True)]
             return tuple(lax.dynamic_update_slice_in_dim(x, n, window, 0) for x, n in zip(results, new, strict=True))
@@ -233,16 +290,23 @@ def ragged_paged_attention(
     num_kv_heads = kv_pages.shape[2] // 2
     by_kv_head = None if sinks is None else sinks.reshape(num_kv_heads, num_q_heads // num_kv_heads)
     options = _Options(sm_scale, sliding_window, soft_cap, by_kv_head, k_scale, v_scale)
-    table = jnp.pad(block_tables, ((0, 0), (0, -block_tables.shape[1] % _pages_per_chunk(kv_pages.shape[1]))))
-
-    singles = _attend_single_token_rows(q, kv_pages, kv_lens, table, cu_q_lens, distribution[0], options)
-    others = _attend_other_rows(q, kv_pages, kv_lens, table, cu_q_lens, distribution[0], distribution[2], options)
+    # A step of one token has no row of several, so there is no second loop to compile.
+    num_singles = distribution[2] if num_tokens == 1 else distribution[0]
+    singles = lax.platform_dependent(
+        q, kv_pages, kv_lens, block_tables, cu_q_lens, num_singles,
+        cpu=functools.partial(_attend_single_token_rows, options=options, tiling=_CPU_SINGLE),
+        default=functools.partial(_attend_single_token_rows, options=options, tiling=_ACCELERATOR),
+    )  # fmt: skip
+    if num_tokens == 1:
+        others = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
+    else:
+        others = _attend_other_rows(q, kv_pages, kv_lens, block_tables, cu_q_lens, num_singles, distribution[2], options, _OTHER)
 
     def merge(single: Array, other: Array) -> Array:
         """Takes token t from row t where rows are single tokens."""
         single = single[:num_tokens]
         single = jnp.pad(single, ((0, num_tokens - single.shape[0]), *[(0, 0)] * (other.ndim - 1)))
-        is_single = jnp.arange(num_tokens) < distribution[0]
+        is_single = jnp.arange(num_tokens) < num_singles
         return jnp.where(is_single.reshape(-1, *[1] * (other.ndim - 1)), single, other)
 
     out = merge(singles[0], others[0]).astype(q.dtype)
