@@ -424,7 +424,7 @@ def main() -> int:
             totals.update(dataclasses.asdict(simulate(seed)))
         except Exception as error:
             failing.append(seed)
-            print(f"seed {seed}: {type(error).__name__}: {error}")
+            print(f"seed {seed}: {type(error).__name__}: {error}", flush=True)
     seconds = time.perf_counter() - started
     print(f"{options.runs} runs ({options.runs / seconds:.0f}/s), seeds {options.start} to {options.start + options.runs - 1}")
     print(", ".join(f"{count} {name}" for name, count in totals.items()) + f"; {len(failing)} violations")
