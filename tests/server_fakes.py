@@ -157,7 +157,7 @@ class FakeAsyncEngine:
 
     def submit(self, request: Request) -> FakeStream:
         if self.state != "ready":
-            raise EngineStopped("not ready")
+            raise EngineStopped("secret /home/somebody 0xdeadbeef")
         if len(self.running) >= self.max_calls:
             raise QueueFull("the queue is full", retry_after_s=7)
         self.submitted.append(request)

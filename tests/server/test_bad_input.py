@@ -333,6 +333,16 @@ def test_not_ready_is_503(make_client, state):
     assert client.request("GET", "/livez").status_code == 200
 
 
+def test_what_the_engine_says_when_it_stops_is_not_for_clients(make_client):
+    client = make_client()
+    client.engine.state = "recovering"
+    for stream in (False, True):
+        answer = client.post("/v1/completions", TEXT | {"stream": stream})
+        client.refused(answer, 503, code="service_unavailable")
+        assert "secret" not in answer.text
+    assert client.request("GET", "/readyz").status_code == 503
+
+
 def test_ready_means_that_steps_make_progress(make_client):
     client = make_client()
     assert client.request("GET", "/readyz").json()["status"] == "ready"
