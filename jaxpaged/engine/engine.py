@@ -134,11 +134,10 @@ class Engine:
         if self.failed is not None:
             raise EngineStopped(self.failed)
         plan = self.scheduler.schedule()
-        keep = 0
         if plan is not None:
-            keep = self.async_depth if self._dispatch(plan) else 0
+            self._dispatch(plan)
         events: list[TokenEvent] = []
-        while len(self._in_flight) > keep:
+        while len(self._in_flight) > (self.async_depth if plan is not None else 0):
             events += self._commit_oldest()
         return self._send(events)
 
@@ -189,7 +188,7 @@ class Engine:
             histograms=seen.histograms(),
         )
 
-    def _dispatch(self, plan: StepPlan) -> bool:
+    def _dispatch(self, plan: StepPlan) -> None:
         """Starts a step. One that cannot be started is read like the others, in its turn, and raises then."""
         self.telemetry.dispatched(plan)
         try:
@@ -197,7 +196,6 @@ class Engine:
         except Exception as error:
             handle = _FailedDispatch(error)
         self._in_flight.append(_Flight(plan, handle, self._clock()))
-        return not isinstance(handle, _FailedDispatch)
 
     def _commit_oldest(self) -> list[TokenEvent]:
         flight = self._in_flight.popleft()
