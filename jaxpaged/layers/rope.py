@@ -12,7 +12,7 @@ Sources: Su et al., "RoFormer" (2021); bloc97, "NTK-aware scaled RoPE" (2023); P
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -67,7 +67,7 @@ def inverse_frequencies(config: ModelConfig, length: int = 0) -> npt.NDArray[np.
     """Returns the angle per position of each pair of a head, float32 [D / 2], for a text of ``length`` tokens."""
     scaling, base = config.rope_scaling, config.rope_theta
     if scaling.kind == "dynamic":
-        base = float(_dynamic_base(config, float(length)))
+        base *= _dynamic_stretch(config, max(length, config.max_position_embeddings))
     exponents = np.arange(0, config.head_dim, 2) / config.head_dim
     inverse = np.asarray(base**-exponents)
     if scaling.kind == "linear":
@@ -109,17 +109,16 @@ def _frequencies_of(config: ModelConfig, lengths: Int[Array, " T"]) -> Float[Arr
         short, long = inverse_frequencies(config), inverse_frequencies(config, original + 1)
         return jnp.where(lengths[:, None] > original, long, short)
     if config.rope_scaling.kind == "dynamic":
-        base = _dynamic_base(config, lengths.astype(jnp.float32))  # [T]
+        base = config.rope_theta * _dynamic_stretch(config, jnp.maximum(lengths, config.max_position_embeddings).astype(jnp.float32))  # [T]
         exponents = jnp.arange(0, config.head_dim, 2, dtype=jnp.float32) / config.head_dim
         return base[:, None] ** -exponents
     return jnp.asarray(inverse_frequencies(config))[None]
 
 
-def _dynamic_base(config: ModelConfig, length: float | Float[Array, " T"]) -> float | Float[Array, " T"]:
-    """Raises the base so that the slowest pair turns no further over ``length`` than over the trained context."""
-    factor, trained, dim = config.rope_scaling.get("factor"), config.max_position_embeddings, config.head_dim
-    longest = max(length, trained) if isinstance(length, float) else jnp.maximum(length, trained)
-    return config.rope_theta * (factor * longest / trained - (factor - 1)) ** (dim / (dim - 2))
+def _dynamic_stretch(config: ModelConfig, length: Any) -> Any:
+    """Returns what the base is multiplied by for a text of ``length`` tokens, at least the trained context; numbers or arrays."""
+    factor, dim = config.rope_scaling.get("factor"), config.head_dim
+    return (factor * length / config.max_position_embeddings - (factor - 1)) ** (dim / (dim - 2))
 
 
 def _stretch(config: ModelConfig) -> float:

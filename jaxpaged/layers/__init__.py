@@ -1,0 +1,1 @@
+"""Norms, rotations, projections and the attention block, shared by all families."""
