@@ -12,8 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
-from jaxpaged import sampling as sampler
 from jaxpaged.models.model import Model, Params
+from jaxpaged.sampling import greedy, prompt_logprobs, sample, sampled_logprobs
 from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, has_flag
 
 
@@ -40,11 +40,11 @@ def forward_step(
     last = inputs.cu_q_lens[1:] - 1  # [S], the token that a row samples after
     logits = model.logits(params, hidden.at[last].get(mode="clip"))  # [S, V]
     if sampling is None:
-        tokens = jnp.where(has_flag(inputs.flags, RowFlag.SAMPLES), sampler.greedy(logits), -1)
+        tokens = jnp.where(has_flag(inputs.flags, RowFlag.SAMPLES), greedy(logits), -1)
     else:
-        tokens, sampling = sampler.sample(logits, inputs, sampling)
-    of_samples = sampler.sampled_logprobs(logits, tokens, inputs)
-    of_prompts = sampler.prompt_logprobs(hidden, partial(model.logits, params), inputs)
+        tokens, sampling = sample(logits, inputs, sampling)
+    of_samples = sampled_logprobs(logits, tokens, inputs)
+    of_prompts = prompt_logprobs(hidden, partial(model.logits, params), inputs)
     return StepOutput(tokens, *of_samples, *of_prompts), pool, sampling
 
 

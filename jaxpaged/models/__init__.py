@@ -1,0 +1,1 @@
+"""One short file per model family over shared layers, and the registry of them."""
