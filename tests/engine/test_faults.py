@@ -18,7 +18,7 @@ VOCAB = 50
 class Faulty(FakeRunner):
     """Fails chosen calls, at dispatch or at read; ``broken`` also makes resets fail."""
 
-    def __init__(self, num_pages=40, *, dispatch_fails=frozenset(), read_fails=frozenset(), blames=None, broken=False, **more):
+    def __init__(self, num_pages=40, *, dispatch_fails=frozenset(), read_fails=frozenset(), blames=(), broken=False, **more):
         super().__init__(num_pages, 4, vocab_size=VOCAB, fails=self._fails, **more)
         self.dispatch_fails, self.read_fails, self.blames, self.broken = dispatch_fails, read_fails, blames, broken
         self.calls = itertools.count(1)
@@ -26,7 +26,7 @@ class Faulty(FakeRunner):
         self.resets = 0
 
     def _fails(self, plan):
-        return self.call in self.read_fails or any(work.sequence.request.id == self.blames for work in plan.work)
+        return self.call in self.read_fails or any(work.sequence.request.id in self.blames for work in plan.work)
 
     def dispatch(self, plan):
         self.call = next(self.calls)
@@ -99,13 +99,23 @@ def test_a_single_request_survives_three_failures_in_a_row(depth):
 @pytest.mark.parametrize("victim", range(5))
 def test_a_request_that_breaks_every_step_ends_alone(depth, victim):
     requests = some_requests()
-    engine = engine_of(Faulty(blames=f"r{victim}"), depth=depth)
+    engine = engine_of(Faulty(blames={f"r{victim}"}), depth=depth)
     tokens, errors = collect(engine, requests)
     assert errors == {f"r{victim}": "internal_error"}
     expected = golden(requests)
     expected[f"r{victim}"] = []
     assert tokens == expected
     assert engine.stats().finished == {"length": 4, "error": 1}
+
+
+def test_several_requests_that_break_steps_end_one_by_one():
+    """More failures in a row than the engine recovers from, but each time a culprit is found."""
+    requests = some_requests()
+    runner = Faulty(blames={"r0", "r1", "r2"})
+    tokens, errors = collect(engine_of(runner), requests)
+    assert runner.resets > MAX_FAILURES
+    assert errors == dict.fromkeys(("r0", "r1", "r2"), "internal_error")
+    assert {key: tokens[key] for key in ("r3", "r4")} == {key: golden(requests)[key] for key in ("r3", "r4")}
 
 
 @pytest.mark.parametrize("depth", [0, 1])
