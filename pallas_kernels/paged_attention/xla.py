@@ -24,7 +24,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
-QUERY_BLOCK = 64
+QUERY_BLOCK = 128
 """Query tokens of one row that are served together."""
 
 FEW_QUERIES = 16
@@ -290,14 +290,15 @@ def ragged_paged_attention(
     num_kv_heads = kv_pages.shape[2] // 2
     by_kv_head = None if sinks is None else sinks.reshape(num_kv_heads, num_q_heads // num_kv_heads)
     options = _Options(sm_scale, sliding_window, soft_cap, by_kv_head, k_scale, v_scale)
-    # A step of one token has no row of several, so there is no second loop to compile.
-    num_singles = distribution[2] if num_tokens == 1 else distribution[0]
+    # One token in one row is a single-token row, however it is announced, so there is no second loop to compile.
+    only_single = num_tokens == 1 and kv_lens.shape[0] == 1
+    num_singles = jnp.minimum(cu_q_lens[1], distribution[2]) if only_single else distribution[0]
     singles = lax.platform_dependent(
         q, kv_pages, kv_lens, block_tables, cu_q_lens, num_singles,
         cpu=functools.partial(_attend_single_token_rows, options=options, tiling=_CPU_SINGLE),
         default=functools.partial(_attend_single_token_rows, options=options, tiling=_ACCELERATOR),
     )  # fmt: skip
-    if num_tokens == 1:
+    if only_single:
         others = (jnp.zeros(q.shape, jnp.float32), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
     else:
         others = _attend_other_rows(q, kv_pages, kv_lens, block_tables, cu_q_lens, num_singles, distribution[2], options, _OTHER)
