@@ -254,8 +254,10 @@ def test_the_start_up_log_says_what_was_loaded(small, caplog):
     assert "jaxpaged " in lines[0] and "jax " in lines[0] and "cpu" in lines[0]
     assert "weights   LlamaForCausalLM" in text and "random" in text
     assert f"kv pages  {loaded.info.num_pages:,} pages × 16 tokens" in text
-    assert "full-length requests of 2,048" in text
-    assert loaded.info.num_pages == 2 * 128 + 1
+    longest = loaded.info.max_model_len
+    assert f"2.0 full-length requests of {longest:,}" in text
+    assert longest == loaded.info.model_config.max_position_embeddings
+    assert loaded.info.num_pages == 2 * longest // 16 + 1
     assert loaded.info.model_name == "tiny" and loaded.info.platform == "cpu"
     loaded.close()
 
