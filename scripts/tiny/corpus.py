@@ -83,12 +83,16 @@ def about_turns(rng: Random) -> list[Turn]:
     return pair(vary(rng, question), answer)
 
 
-def drill_turns(rng: Random) -> list[Turn]:
-    """One exercise."""
+def drill_turns(rng: Random, stage: int) -> list[Turn]:
+    """One exercise; in the later stages, half of them and more repeat sentences and words of the stories."""
+    if stage >= 3 and rng.random() < 0.3:
+        return pair(*drills.repeat_few(rng))
+    if stage >= 2 and rng.random() < 0.5:
+        return pair(*drills.repeat_facts(rng))
     return pair(*drills.make_drill(rng))
 
 
-def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[stories.Fact]) -> list[Turn]:
+def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[stories.Fact], plain: bool) -> list[Turn]:
     """A story, told by the model or given by the user, and questions about it."""
     wish = None
     style = rng.random()
@@ -97,9 +101,9 @@ def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[s
         names = [n for n in stories.NAMES if n not in {f.name for f in used}]
         if style < 0.7:
             wish = stories.Fact(rng.choice(names), rng.choice(stories.COLORS), rng.choice(free), "")
-    story = stories.make_story(rng, people, fillers, used, wish)
+    story = stories.make_story(rng, people, fillers, used, wish, plain)
     used.extend(story.facts)
-    asks = stories.ask_all(rng, story, asked)
+    asks = stories.ask_all(rng, story, asked, plain)
     if style < 0.45:
         turns = pair(vary(rng, rng.choice(stories.TELL)), story.text, TEXT_WEIGHT)
     elif wish:
@@ -116,33 +120,36 @@ def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[s
     return turns
 
 
-def raw_story(rng: Random) -> list[Segment]:
+def raw_story(rng: Random, plain: bool) -> list[Segment]:
     """A story without any template, for the completions endpoint."""
-    return [(stories.make_story(rng, rng.randint(1, 3), rng.randint(0, 4)).text, TEXT_WEIGHT), ("<|endoftext|>", 0.3)]
+    return [(stories.make_story(rng, rng.randint(1, 3), rng.randint(0, 4), plain=plain).text, TEXT_WEIGHT), ("<|endoftext|>", 0.3)]
 
 
-def document(rng: Random, length: int, late: bool = False) -> list[Segment]:
+def document(rng: Random, length: int, stage: int = 4) -> list[Segment]:
     """One training document of roughly at most `length` tokens (the packer cuts what is too long).
 
     Longer documents have more sentences between a fact and its question, more people and more changes of subject.
-    Late in training, when the project answers are known by heart, stories take half of their place.
+    `stage` is the part of the training run: stage 0 has stories in many words, in stage 1 they take half of the place of
+    the project questions, stage 2 tells the plain stories of which the model can remember the facts, stage 3 drills all their words, and
+    stage 4 tells mostly of one person, one story in a conversation: what a model of this size gets right.
     """
-    story, drill = (0.40, 0.84) if late else (0.28, 0.72)
+    story, drill = ((0.28, 0.72), (0.40, 0.84), (0.45, 0.86), (0.45, 0.88), (0.55, 0.85))[stage]
+    plain = stage >= 2
     if rng.random() < 0.02:
-        return raw_story(rng)
+        return raw_story(rng, plain)
     turns = [Turn("system", rng.choice(SYSTEMS), 0.0)] if rng.random() < 0.08 else []
     used: list[stories.Fact] = []
     budget = rng.uniform(0.25, 0.95) * length
     while budget > 0:
         roll = rng.random()
-        if roll < story and len(used) < 9:
-            people = rng.randint(1, min(4, 2 + length // 256))
+        if roll < story and len(used) < (1 if stage == 4 else 9):
+            people = rng.randint(1, min(4, 2 + length // 256)) if stage < 4 else rng.choices((1, 2), (6, 1))[0]
             room = budget / 14  # sentences of about ten tokens, and as many questions
-            fillers = rng.randint(0, 2) if rng.random() < 0.5 else rng.randint(0, max(2, int(room)))
+            fillers = rng.randint(0, 2) if rng.random() < (0.3 if stage == 4 else 0.5) else rng.randint(0, max(2, int(room)))
             asked = rng.randint(4, 10)
-            new = story_turns(rng, people, fillers, asked, used)
+            new = story_turns(rng, people, fillers, asked, used, plain)
         elif roll < drill:
-            new = drill_turns(rng)
+            new = drill_turns(rng, stage)
         else:
             new = about_turns(rng)
         turns += new

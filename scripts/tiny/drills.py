@@ -6,9 +6,11 @@ import json
 from collections.abc import Callable, Sequence
 from random import Random
 
-from tiny.stories import ANIMALS, COLORS, NAMES, THINGS
+from tiny.stories import ANIMALS, COLORS, FEELINGS, LANDS, NAMES, PLACES, PLAIN, PUTS, THINGS, WEATHER
 
 WORDS = (*NAMES, *COLORS, *THINGS, *ANIMALS)
+RECALLED = (*WORDS, *WEATHER, *FEELINGS, *LANDS, *(word for place in PLACES for word in place.split()[-1:]))
+"""All words that a story may be asked for."""
 SORTABLE = (NAMES, ANIMALS, COLORS)
 
 Drill = tuple[str, str]
@@ -85,3 +87,20 @@ def make_drill(rng: Random, held_out: bool = False, only: str | None = None) -> 
     kinds = [d for d in DRILLS if only in (None, d.__name__)]
     drill = rng.choices(kinds, [3 if d is copy else 1 for d in kinds])[0]
     return drill(rng, DRILLS[drill][-1:] if held_out else DRILLS[drill][:-1])
+
+
+def repeat_facts(rng: Random) -> Drill:
+    """Repeat sentences of a plain story: many words that only their neighbors tell apart, so recall is learned fast."""
+    people = rng.randint(2, 4)
+    columns = (rng.sample(words, people) for words in (NAMES, COLORS, THINGS, PLACES))
+    put = rng.choice(PUTS)
+    rows = [dict(zip(("name", "color", "thing", "place"), row, strict=True)) for row in zip(*columns, strict=True)]
+    forms = rng.choice(((PLAIN["owner"], put), (PLAIN["color"], put), (PLAIN["owner"], PLAIN["color"]), (put,), (PLAIN["place"],)))
+    text = " ".join(rng.sample([form.format(**row) for row in rows for form in forms], rng.randint(2, people)))
+    return rng.choice(DRILLS[copy][:-1]).format(text), text
+
+
+def repeat_few(rng: Random) -> Drill:
+    """Repeat a list in which a few of all recalled words come again and again."""
+    words = " ".join(rng.choices(rng.sample(RECALLED, rng.randint(3, 8)), k=rng.randint(4, 14)))
+    return rng.choice(DRILLS[copy][:-1]).format(words), words

@@ -105,11 +105,12 @@ def join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = (), wish: Fact | None = None) -> Story:
+def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = (), wish: Fact | None = None, plain: bool = False) -> Story:
     """Write a story with one fact per person and `fillers` sentences of distance spread at random between them.
 
     People, things and places in `used` (earlier stories of the same conversation) are avoided, so every later question
-    has one answer. `wish` is the first fact when the user asked for it ("a story about Ada and a red kite").
+    has one answer. `wish` is the first fact when the user asked for it ("a story about Ada and a red kite"). A `plain`
+    story states each fact in the words of its answer.
     """
 
     def fresh(words: Sequence[str], taken: set[str], count: int) -> list[str]:
@@ -130,7 +131,11 @@ def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = ()
     body = [owns.format(**vars(f)) for f in facts]
     later = [puts.format(**vars(f)) for f in rng.sample(facts, people)]
     later.insert(rng.randint(0, people), rng.choice(MEETS).format(animal=animal))
-    if rng.random() < 0.3:  # fact by fact instead of all owners first
+    if plain:
+        body = [sentence.format(**vars(f)) for f in facts for sentence in (PLAIN["owner"], PLAIN["color"])]
+        later = [puts.format(**vars(f)) for f in rng.sample(facts, people)]
+        later.insert(rng.randint(0, people), MEETS[0].format(animal=animal))
+    if rng.random() < 0.3 and not plain:  # fact by fact instead of all owners first
         body, later = [], [s for f in facts for s in (owns.format(**vars(f)), puts.format(**vars(f)))]
         later.append(rng.choice(MEETS).format(animal=animal))
     body += later
@@ -138,6 +143,8 @@ def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = ()
     for _ in range(fillers):
         body.insert(rng.randint(0, len(body)), rng.choice(FILLERS).format(name=rng.choice(names)))
     opening = rng.choice(OPENINGS[: 3 if people > 1 else 2])
+    if plain:
+        opening = OPENINGS[0]
     opening = opening.format(who=join_names(names), weather=weather, land=rng.choice(LANDS))
     return Story(" ".join([opening, *body, rng.choice(ENDINGS)]), facts, weather, animal, sad, feeling)
 
@@ -201,6 +208,17 @@ ANSWER = {
     "feeling": "{sad} felt {feeling}.",
 }
 FACT_KINDS = ("owner", "place", "color", "had", "there")
+PLAIN = {
+    "owner": "The {thing} belonged to {name}.",
+    "place": "They put the {thing} {place}.",
+    "color": "The {thing} was {color}.",
+    "had": "{name} had the {thing}.",
+    "weather": "It was a {weather} day.",
+    "animal": "They met a {animal}.",
+    "feeling": "{sad} felt {feeling}.",
+}
+"""Answers about a plain story, which repeat its words: a small model learns to find them much sooner."""
+PLAIN_KINDS = ("owner", "place", "color", "had")
 
 
 def wordings(kind: str, held_out: bool = False) -> tuple[str, ...]:
@@ -209,14 +227,17 @@ def wordings(kind: str, held_out: bool = False) -> tuple[str, ...]:
     return ASK[kind][-count:] if held_out else ASK[kind][:-count]
 
 
-def ask(rng: Random, story: Story, kind: str, fact: Fact | None = None, held_out: bool = False) -> tuple[str, str]:
+def ask(rng: Random, story: Story, kind: str, fact: Fact | None = None, held_out: bool = False, plain: bool = False) -> tuple[str, str]:
     """A question of this kind about the story (about `fact`, if given), and its answer."""
     slots = vars(story) | vars(fact or rng.choice(story.facts))
-    return rng.choice(wordings(kind, held_out)).format(**slots), ANSWER[kind].format(**slots)
+    return rng.choice(wordings(kind, held_out)).format(**slots), (PLAIN if plain else ANSWER)[kind].format(**slots)
 
 
-def ask_all(rng: Random, story: Story, limit: int) -> list[tuple[str, str]]:
+def ask_all(rng: Random, story: Story, limit: int, plain: bool = False) -> list[tuple[str, str]]:
     """Up to `limit` different questions about one story, in random order."""
+    if plain:
+        rows = [(k, f) for k in PLAIN_KINDS for f in story.facts] + [(k, None) for k in ("weather", "animal", "feeling")]
+        return [ask(rng, story, kind, fact, plain=True) for kind, fact in rng.sample(rows, min(limit, len(rows)))]
     kinds = [(k, f) for k in FACT_KINDS for f in story.facts]
     kinds += [("json", rng.choice(story.facts)), *[(k, None) for k in ("weather", "animal", "feeling")]]
     return [ask(rng, story, kind, fact) for kind, fact in rng.sample(kinds, min(limit, len(kinds)))]

@@ -27,7 +27,7 @@ def train_tokenizer(vocab_size: int, seed: int = 0) -> Tokenizer:
     One token per word, with and without its leading space, makes recall a matter of one attention step.
     """
     rng = Random(f"tokenizer-{seed}")
-    texts = [text for _ in range(4000) for text, _ in corpus.document(rng, 256) if "<|" not in text]
+    texts = [text for _ in range(4000) for text, _ in corpus.document(rng, 256, stage=0) if "<|" not in text]
     places = [word for place in stories.PLACES for word in place.split()]
     words = [*drills.WORDS, *places, *stories.WEATHER, *stories.FEELINGS, *stories.LANDS, *map(str, range(1, 21))]
     texts += [f"{word} {word}" for word in words for _ in range(200)]

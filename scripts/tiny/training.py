@@ -20,9 +20,21 @@ from tiny import tokenizer as tok
 from tiny.model import Config, Tiny, save_model
 from tokenizers import Tokenizer
 
-PHASES = ((0.60, 8, 256), (0.80, 4, 512), (0.97, 2, 1024), (1.0, 1, 2048))
-"""Until this part of the run: rows of a batch, and their length. Short rows first: they teach recall fastest."""
-MAX_LENGTH = 2048
+PHASES = (
+    (1800, 8, 256, 0),
+    (2000, 8, 256, 1),
+    (2400, 8, 256, 2),
+    (3200, 8, 256, 3),
+    (3450, 8, 256, 4),
+    (3800, 4, 512, 4),
+    (4000, 2, 1024, 4),
+)
+"""Until this step: rows of a batch, their length, and the stage of the material.
+
+Short rows first: they teach recall fastest."""
+RATES = {0: 0.0, 100: 1.0, 1800: 1.0, 2800: 0.4556, 2850: 0.8, 3200: 0.8, 4000: 0.02}
+"""Learning rate at these steps, as a share of its peak, and in a straight line between: each new stage wants a high one."""
+MAX_LENGTH = 1024
 
 Batch = dict[str, np.ndarray]
 
@@ -41,9 +53,9 @@ class Plan:
     """Steps between exports."""
 
 
-def phase(step: int, steps: int) -> tuple[int, int]:
-    """Rows and length of the batch of one step."""
-    return next((rows, length) for until, rows, length in PHASES if step < until * steps)
+def phase(step: int) -> tuple[int, int, int]:
+    """Rows and length of the batch of one step, and the stage of its material."""
+    return next((rest for until, *rest in PHASES if step < until), PHASES[-1][1:])
 
 
 def encode(tokenizer: Tokenizer, segments: list[corpus.Segment]) -> tuple[list[int], list[float]]:
@@ -56,7 +68,7 @@ def encode(tokenizer: Tokenizer, segments: list[corpus.Segment]) -> tuple[list[i
     return ids, weights
 
 
-def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int, length: int, late: bool) -> Batch:
+def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int, length: int, stage: int) -> Batch:
     """Pack whole documents into rows; each array is [rows, length + 1].
 
     `parts` numbers the documents of a row (0: padding), because attention stays inside each; positions start at its head.
@@ -67,7 +79,7 @@ def make_batch(tokenizer: Tokenizer, seed: int, step: int, rows: int, length: in
     for row in range(rows):
         start, part = 0, 1
         while length + 1 - start > 24:
-            ids, weights = encode(tokenizer, corpus.document(rng, min(length, length + 1 - start), late))
+            ids, weights = encode(tokenizer, corpus.document(rng, min(length, length + 1 - start), stage))
             end = min(start + len(ids), length + 1)
             values = {"ids": ids, "weights": weights, "parts": [part] * len(ids), "positions": range(len(ids))}
             for key, value in values.items():
@@ -90,17 +102,12 @@ def loss_of(model: Tiny, batch: Batch) -> tuple[jax.Array, jax.Array]:
     return (losses * weights).sum() / weights.sum(), right
 
 
-def make_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
-    """Muon for the matrices, Adam for embeddings and norms; warm-up, a plateau, and a linear end."""
-    warmup = min(100, steps // 4)
-    schedule = optax.join_schedules(
-        [
-            optax.linear_schedule(0.0, 1.0, warmup),
-            optax.constant_schedule(1.0),
-            optax.linear_schedule(1.0, 0.02, steps - steps // 2),
-        ],
-        [warmup, steps // 2],
-    )
+def make_optimizer(rate: float) -> optax.GradientTransformation:
+    """Muon for the matrices, Adam for embeddings and norms."""
+    steps, shares = jnp.array(list(RATES), jnp.float32), jnp.array(list(RATES.values()), jnp.float32)
+
+    def schedule(step: jax.Array) -> jax.Array:
+        return rate * jnp.interp(step, steps, shares)
 
     def matrices(params: Any) -> Any:
         spec = optax.contrib.MuonDimensionNumbers()
@@ -109,8 +116,8 @@ def make_optimizer(steps: int, rate: float) -> optax.GradientTransformation:
     return optax.chain(
         optax.clip_by_global_norm(1.0),
         optax.contrib.muon(
-            lambda step: rate * schedule(step),
-            adam_learning_rate=lambda step: rate * 0.5 * schedule(step),
+            schedule,
+            adam_learning_rate=lambda step: 0.5 * schedule(step),
             adam_b2=0.98,
             consistent_rms=0.2,
             weight_decay=0.02,
@@ -131,7 +138,7 @@ def train(plan: Plan) -> None:
     tokenizer = tok.train_tokenizer(Config.vocab)
     graph, params = nnx.split(Tiny(Config(), plan.seed), nnx.Param)
     print(f"{sum(x.size for x in jax.tree.leaves(params)):,} parameters, {tokenizer.get_vocab_size()} tokens", flush=True)
-    optimizer = make_optimizer(plan.steps, plan.rate)
+    optimizer = make_optimizer(plan.rate)
     state = (params, jax.tree.map(jnp.copy, params), optimizer.init(params))
     first, seen = 0, 0
     if plan.state and plan.state.exists():
@@ -150,7 +157,7 @@ def train(plan: Plan) -> None:
 
     began, logged = time.time(), []
     for step in range(first, plan.steps):
-        batch = make_batch(tokenizer, plan.seed, step, *phase(step, plan.steps), late=2 * step >= plan.steps)
+        batch = make_batch(tokenizer, plan.seed, step, *phase(step))
         state, loss, right = update(state, batch, step)
         seen += int((batch["parts"] > 0).sum())
         logged.append((float(loss), float(right)))

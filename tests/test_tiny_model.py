@@ -1,0 +1,213 @@
+"""The packaged tiny model: its generated material is right by construction, and its files are what loaders expect."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from random import Random
+
+import pytest
+from safetensors import safe_open
+
+ROOT = Path(__file__).resolve().parents[1]
+ASSETS = ROOT / "jaxpaged" / "assets" / "tiny"
+sys.path.insert(0, str(ROOT / "scripts"))
+
+from tiny import about, corpus, drills, stories  # noqa: E402
+from tiny import evaluate as tiny_evaluate  # noqa: E402
+
+RECALL_FLOORS = {
+    "story, near": 0.9,
+    "story, far": 0.7,
+    "story, new wording": 0.7,
+    "weather": 0.0,
+    "drill": 0.5,
+    "JSON": 0.6,
+    "project, new wording": 0.6,
+    "total": 0.7,
+}
+
+
+def read_story(text):
+    """The facts of a story, read back from its sentences: thing -> (name, color, place)."""
+    owns = re.findall(r"(\w+) (?:had|owned|found) a (\w+) (\w+)\.", text)
+    owners = re.findall(r"The (\w+) belonged to (\w+)\.", text)
+    owns += [(name, re.search(rf"The {thing} was (\w+)\.", text)[1], thing) for thing, name in owners]
+    puts = re.findall(r"(\w+) (?:put|left|hid) the (\w+) ((?:in|on|under|behind) the \w+)\.", text)
+    places = {thing: (name, place) for name, thing, place in puts}
+    assert all(places[thing][0] == name for name, _, thing in owns)
+    return {thing: (name, color, places[thing][1]) for name, color, thing in owns}
+
+
+def expected(kind, question, text, plain):
+    """The answer, found from question and text alone."""
+    facts = read_story(text)
+    if kind == "weather":
+        weather = re.search(r"(?:It was a|One) (\w+) day", text)[1]
+        return f"It was a {weather} day."
+    if kind == "animal":
+        animal = re.search(r"(?:met a|Then a|A little) (\w+)", text)[1]
+        return f"They met a {animal}."
+    if kind == "feeling":
+        return "{} felt {}.".format(*re.search(r"In the evening (\w+) felt (\w+)\.", text).groups())
+    words = re.findall(r"\w+", question.removesuffix("?"))
+    if kind == "had":
+        (thing,) = [t for t, (name, _, _) in facts.items() if name in words]
+    elif kind == "there":
+        (thing,) = [t for t, (_, _, place) in facts.items() if place in question]
+    else:
+        (thing,) = [t for t in facts if t in words]
+    name, color, place = facts[thing]
+    if plain:
+        return {
+            "owner": f"The {thing} belonged to {name}.",
+            "place": f"They put the {thing} {place}.",
+            "color": f"The {thing} was {color}.",
+            "had": f"{name} had the {thing}.",
+        }[kind]
+    return {
+        "owner": f"The {thing} belonged to {name}.",
+        "place": f"The {thing} is {place}.",
+        "color": f"The {thing} is {color}.",
+        "had": f"{name} had a {color} {thing}.",
+        "there": f"The thing {place} is the {thing}.",
+        "json": json.dumps({"name": name, "color": color, "thing": thing, "place": place}),
+    }[kind]
+
+
+@pytest.mark.parametrize("held_out", [False, True])
+@pytest.mark.parametrize(("kind", "plain"), [(k, False) for k in stories.ASK] + [(k, True) for k in stories.PLAIN])
+def test_answers_follow_from_the_story(kind, plain, held_out):
+    rng = Random(f"{kind}{plain}{held_out}")
+    for _ in range(60):
+        story = stories.make_story(rng, rng.randint(1, 4), rng.randint(0, 30), plain=plain)
+        question, answer = stories.ask(rng, story, kind, held_out=held_out, plain=plain)
+        assert answer == expected(kind, question, story.text, plain)
+
+
+def test_drill_answers_are_right():
+    rng = Random(1)
+    for _ in range(300):
+        for kind in drills.DRILLS:
+            ask, answer = drills.make_drill(rng, only=kind.__name__, held_out=bool(rng.randint(0, 1)))
+            listed = re.split("[ ,:?]+", ask.rstrip("?"))
+            match kind.__name__:
+                case "copy":
+                    assert ask.endswith(answer)
+                case "count":
+                    assert int(re.search(r"\d+", answer)[0]) == ask.count(",") + 1
+                case "sort_numbers":
+                    assert [int(x) for x in answer.split()] == sorted(int(x) for x in listed if x.isdigit())
+                case "sort_words":
+                    assert answer.split() == sorted(listed[-len(answer.split()) :])
+                case "json_list":
+                    assert json.loads(answer) == listed[-len(json.loads(answer)) :]
+                case "json_object":
+                    assert ask.endswith("{name} has a {color} {thing}.".format(**json.loads(answer)))
+
+
+def test_repeated_facts_are_repeated():
+    rng = Random(2)
+    for _ in range(100):
+        for drill in (drills.repeat_facts, drills.repeat_few):
+            ask, answer = drill(rng)
+            assert ask.endswith(f": {answer}")
+
+
+def test_material_is_deterministic():
+    for length, stage in ((256, 0), (256, 1), (256, 2), (512, 3), (1024, 4)):
+        first, second = (corpus.document(Random("x"), length, stage) for _ in range(2))
+        assert first == second
+    assert corpus.document(Random("x"), 256) != corpus.document(Random("y"), 256)
+    assert tiny_evaluate.cases(1, 6) == tiny_evaluate.cases(1, 6)
+
+
+def test_held_out_wordings_are_never_trained():
+    trained = {about.plain(w) for w, _ in about.questions()}
+    held_out = {about.plain(w) for w, _ in about.questions(held_out=True)}
+    assert len(held_out) >= 100
+    assert not trained & held_out
+    for kind in stories.ASK:
+        assert not set(stories.wordings(kind)) & set(stories.wordings(kind, held_out=True))
+    asked = {
+        text.rstrip("?.")
+        for seed in range(300)
+        for text, weight in corpus.document(Random(seed), 512, seed % 3)
+        if weight == corpus.ASKED_WEIGHT
+    }
+    assert not any(w.rstrip("?.") in asked for w, _ in about.questions(held_out=True))
+
+
+def test_every_project_topic_keeps_several_trained_wordings():
+    for topic in about.TOPICS:
+        assert len([w for w in topic.wordings() if not about.is_held_out(w)]) >= 5, topic.answer
+
+
+def test_assets_are_small_and_complete():
+    names = {p.name for p in ASSETS.iterdir()}
+    assert names >= {
+        "README.md",
+        "chat_template.jinja",
+        "config.json",
+        "generation_config.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert sum(p.stat().st_size for p in ASSETS.iterdir()) <= 13 * 10**6
+    with safe_open(ASSETS / "model.safetensors", "numpy") as file:
+        slices = [file.get_slice(name) for name in file.keys()]  # noqa: SIM118
+        sizes = [s.get_shape() for s in slices]
+        assert {s.get_dtype() for s in slices} == {"BF16"}
+    total = sum(s[0] * (s[1] if len(s) > 1 else 1) for s in sizes)
+    assert 1.5e6 <= total <= 6e6
+
+
+def test_tokenizer_and_template():
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(ASSETS)
+    config = json.loads((ASSETS / "config.json").read_text())
+    stops = json.loads((ASSETS / "generation_config.json").read_text())["eos_token_id"]
+    assert tokenizer.convert_ids_to_tokens(stops) == ["<|im_end|>", "<|endoftext|>"]
+    assert len(tokenizer) <= config["vocab_size"]
+    chat = [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Hi"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+    assert text == "<|im_start|>system\nBe kind.<|im_end|>\n<|im_start|>user\nHi<|im_end|>\n<|im_start|>assistant\n"
+    turns = [corpus.Turn(m["role"], m["content"], 1.0) for m in chat]
+    assert text == "".join(part for part, _ in corpus.render(turns)) + "<|im_start|>assistant\n"
+    odd = 'Ada\'s kite: "ünï" {1}\n\t<b> 木'
+    assert tokenizer.decode(tokenizer.encode(odd)) == odd
+
+
+def test_recalled_words_are_single_tokens():
+    from tokenizers import Tokenizer
+
+    tokenizer = Tokenizer.from_file(str(ASSETS / "tokenizer.json"))
+    for word in (*drills.WORDS, *stories.WEATHER, *stories.FEELINGS):
+        assert len(tokenizer.encode(word).ids) == len(tokenizer.encode(f" {word}").ids) == 1, word
+
+
+def test_recall_through_the_engine():
+    """A wrong block table, position or mask makes the model forget its stories; the floors lie well below what it reaches."""
+    from jaxpaged import LLM, SamplingParams
+
+    llm = LLM(
+        str(ASSETS),
+        show_progress=False,
+        max_model_len=1024,
+        max_num_seqs=16,
+        max_num_batched_tokens=256,
+        token_buckets=(16, 256),
+        warmup=False,
+    )
+    params = SamplingParams(temperature=0.0, max_tokens=64)
+
+    def generate(conversations):
+        return [output.outputs[0].text for output in llm.chat(conversations, params, use_tqdm=False)]
+
+    try:
+        scores = tiny_evaluate.evaluate(generate, each=10)
+    finally:
+        llm.close()
+    assert {name: score for name, score in scores.items() if score < RECALL_FLOORS[name]} == {}
