@@ -29,7 +29,7 @@ _QWEN2 = dict(architectures=["Qwen2ForCausalLM"], model_type="qwen2", **SMALL)
 _QWEN3 = dict(architectures=["Qwen3ForCausalLM"], model_type="qwen3", head_dim=24, **SMALL)
 _SHORT = [1.0, 1.05, 1.1, 1.2, 1.3, 1.4, 1.5, 1.6]
 _LONG = [1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0]
-_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+_YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
 
 CASES = {
     "llama": _LLAMA,
