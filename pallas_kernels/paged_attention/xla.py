@@ -20,6 +20,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
@@ -269,6 +270,8 @@ def _attend_other_rows(
     return lax.fori_loop(first_row, end_row, serve_row, init)
 
 
+# Jitted, so that a model's layers share one trace; XLA inlines the calls.
+@functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "return_lse"))
 def ragged_paged_attention(
     q: Float[Array, "T H D"],
     kv_pages: Float[Array, "N B 2K D"],
