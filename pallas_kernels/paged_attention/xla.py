@@ -110,7 +110,8 @@ def _attend(
     kv_pages: Float[Array, "N B 2K D"],
     options: _Options,
     tiling: _Tiling,
-) -> tuple[Float[Array, "W M H D"], Float[Array, "W M H"]]:
+    scratch: Float[Array, "W K C 2D"] | None = None,
+) -> tuple[Float[Array, "W M H D"], Float[Array, "W M H"], Float[Array, "W K C 2D"] | None]:
     """Attends M queries of each of W rows to the row's pages.
 
     Args:
@@ -120,9 +121,10 @@ def _attend(
         kv_pages: The pool of the layer.
         options: Options of the call.
         tiling: How much to look at at once.
+        scratch: Array to gather into row by row, of any content, with few queries; None to gather all rows at once.
 
     Returns:
-        Outputs and log-sums, float32; 0 and -inf for queries that see nothing.
+        Outputs and log-sums, float32, 0 and -inf for queries that see nothing; and the scratch array.
     """
     rows, block, num_q_heads, head_dim = q.shape
     page_size, num_kv_heads = kv_pages.shape[1], kv_pages.shape[2] // 2
@@ -144,16 +146,17 @@ def _attend(
         oldest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max)) - options.sliding_window + 1
         first_chunk = jnp.maximum(oldest, 0) // chunk
 
-    def visit(index: Array, state: tuple[Array, ...]) -> tuple[Array, ...]:
-        top, total, acc, *scratch = state
+    def visit(index: Array, state: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        top, total, acc, scratch = state
         ids = lax.dynamic_slice_in_dim(table, index * pages_per_chunk, pages_per_chunk, axis=1)
         tokens = (ids[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(rows, chunk)
         where = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
         in_use = where <= last
         if few:
-            if scratch:
-                scratch = [_fill_by_row(scratch[0], kv_pages, tokens, in_use)]
-            keys = values = scratch[0] if scratch else _gather_runs(kv_pages, tokens, in_use, width=2 * head_dim)
+            if scratch is None:
+                keys = values = _gather_runs(kv_pages, tokens, in_use, width=2 * head_dim)
+            else:
+                keys = values = scratch = _fill_by_row(scratch, kv_pages, tokens, in_use)
             scores = jnp.einsum("wkcd,wkmd->wkcm", keys, queries, precision="highest")
             scores = lax.optimization_barrier(scores).transpose(0, 1, 3, 2)  # without it XLA swaps the product's sides back
         else:
@@ -170,13 +173,11 @@ def _attend(
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
         acc = acc * decay[..., None] + jnp.einsum("wkmc,wkcd->wkmd", weights, values, precision="highest")
-        return new_top, total * decay + weights.sum(-1), acc, *scratch
+        return new_top, total * decay + weights.sum(-1), acc, scratch
 
     zero = jnp.zeros((rows, num_kv_heads, num_queries), jnp.float32)
-    init = (zero + _NO_KEY, zero, jnp.zeros(queries.shape, jnp.float32))
-    if few and rows > 1 and tiling.by_row:
-        init = (*init, jnp.zeros((rows, num_kv_heads, chunk, 2 * head_dim), jnp.float32))
-    top, total, acc = lax.fori_loop(first_chunk, jnp.max(last) // chunk + 1, visit, init)[:3]
+    init = (zero + _NO_KEY, zero, jnp.zeros(queries.shape, jnp.float32), scratch)
+    top, total, acc, scratch = lax.fori_loop(first_chunk, jnp.max(last) // chunk + 1, visit, init)
     acc = acc[..., -head_dim:]
     if options.sinks is not None:
         sinks = jnp.tile(options.sinks, (1, block))
@@ -195,7 +196,7 @@ def _attend(
         x = x.reshape(rows, num_kv_heads, block, group, *x.shape[3:])
         return jnp.moveaxis(x, 2, 1).reshape(rows, block, num_q_heads, *x.shape[4:])
 
-    return by_token(out), by_token(lse)
+    return by_token(out), by_token(lse), scratch
 
 
 def _attend_single_token_rows(
@@ -211,8 +212,8 @@ def _attend_single_token_rows(
     """Attends the first ``num_rows`` rows, of one token each; the results of other rows are undefined but finite."""
     capacity = kv_lens.shape[0]
     page_size, num_kv, head_dim = kv_pages.shape[1:]
-    row_bytes = tiling.pages(page_size) * page_size * num_kv * head_dim * 4
-    block = min(max(2, min(tiling.rows, tiling.scratch_bytes // row_bytes)), capacity)
+    chunk = tiling.pages(page_size) * page_size
+    block = min(max(2, min(tiling.rows, tiling.scratch_bytes // (chunk * num_kv * head_dim * 4))), capacity)
     lens = jnp.where(jnp.arange(capacity) < num_rows, kv_lens, 0)
     order = jnp.argsort(lens, descending=True)
     padding = (0, -capacity % block)
@@ -220,15 +221,19 @@ def _attend_single_token_rows(
     table = jnp.pad(block_tables[order], (padding, (0, -block_tables.shape[1] % tiling.pages(page_size))))
     queries = jnp.pad(q.at[cu_q_lens[order]].get(mode="clip"), (padding, (0, 0), (0, 0)))
 
-    def serve(index: Array, results: tuple[Array, Array]) -> tuple[Array, Array]:
+    def serve(index: Array, state: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
+        all_out, all_lse, scratch = state
         start = index * block
         lens_, table_, queries_ = (lax.dynamic_slice_in_dim(x, start, block) for x in (lens, table, queries))
-        out, lse = _attend(queries_[:, None], lens_[:, None] - 1, table_, kv_pages, options, tiling)
+        out, lse, scratch = _attend(queries_[:, None], lens_[:, None] - 1, table_, kv_pages, options, tiling, scratch)
         update = lax.dynamic_update_slice_in_dim
-        return update(results[0], out[:, 0], start, 0), update(results[1], lse[:, 0], start, 0)
+        return update(all_out, out[:, 0], start, 0), update(all_lse, lse[:, 0], start, 0), scratch
 
-    init = (jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:2], jnp.float32))
-    out, lse = lax.fori_loop(0, (num_rows + block - 1) // block, serve, init)
+    group = q.shape[1] * 2 // num_kv
+    by_row = tiling.by_row and block > 1 and group <= FEW_QUERIES
+    scratch = jnp.zeros((block, num_kv // 2, chunk, 2 * head_dim), jnp.float32) if by_row else None
+    init = (jnp.zeros(queries.shape, jnp.float32), jnp.zeros(queries.shape[:2], jnp.float32), scratch)
+    out, lse, _ = lax.fori_loop(0, (num_rows + block - 1) // block, serve, init)
     back = jnp.argsort(order)
     return out[back], lse[back]
 
@@ -259,7 +264,7 @@ def _attend_other_rows(
             mine = (tokens >= start) & (tokens < row_end)
             positions = jnp.where(mine, kv_lens[row] - row_end + tokens, -1)
             queries = lax.dynamic_slice_in_dim(q, window, block)
-            parts = _attend(queries[None], positions[None], lax.dynamic_slice_in_dim(table, row, 1), kv_pages, options, tiling)
+            parts = _attend(queries[None], positions[None], lax.dynamic_slice_in_dim(table, row, 1), kv_pages, options, tiling)[:2]
             old = [lax.dynamic_slice_in_dim(x, window, block) for x in results]
             new = [jnp.where(mine.reshape(-1, *[1] * (o.ndim - 1)), part[0], o) for o, part in zip(old, parts, strict=True)]
             return tuple(lax.dynamic_update_slice_in_dim(x, n, window, 0) for x, n in zip(results, new, strict=True))
