@@ -201,3 +201,11 @@ def test_memory_does_not_grow_with_the_table():
     small, large = temp_bytes(32), temp_bytes(4096)
     assert large - small <= 4 * (64 * 4096 * 4)  # copies of the table itself: sorted, padded
     assert temp_bytes(128, 8192) <= 8 * (8192 * 8 * 64 * 4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_lowers_for_every_platform(platform):
+    case = make_case([1, 1, 9], [30, 50, 20], dtype="bfloat16")
+    call = jax.jit(functools.partial(ragged_paged_attention, sm_scale=0.17, sliding_window=7, soft_cap=2.0, return_lse=True))
+    lowered = call.trace(*map(jnp.asarray, case.arguments)).lower(lowering_platforms=(platform,))
+    assert "stablehlo.while" in lowered.as_text()
