@@ -310,7 +310,7 @@ def test_sigterm_under_load_loses_no_stream(cache):
             body = {
                 "model": "tiny",
                 "prompt": f"Story {i}:",
-                "max_tokens": 100,
+                "max_tokens": 300,
                 "ignore_eos": True,
                 "stream": True,
                 "stream_options": {"include_usage": True},
@@ -323,18 +323,19 @@ def test_sigterm_under_load_loses_no_stream(cache):
         for thread in threads:
             thread.start()
         deadline = time.monotonic() + 60
-        while httpx.get(url + "/load").json() != {"server_load": 32} and not any(texts):
+        while httpx.get(url + "/load").json() != {"server_load": 32}:  # a request that comes after the signal is refused
             assert time.monotonic() < deadline
         while sum(map(bool, texts)) < 8:
             assert time.monotonic() < deadline
             time.sleep(0.01)
         process.send_signal(signal.SIGTERM)
+        assert sum(text.endswith(b"data: [DONE]\n\n") for text in texts) == 0, "too fast to be under load"
         for thread in threads:
             thread.join(120)
         assert process.wait(30) == 0
         for text in texts:
             assert text.endswith(b"data: [DONE]\n\n")
-            assert b'"completion_tokens":100' in text
+            assert b'"completion_tokens":300' in text
     finally:
         process.kill()
         process.wait()
