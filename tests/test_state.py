@@ -19,7 +19,7 @@ VIEWS += ["cu_q_lens", "distribution", "block_tables"]
 def make_work(slot: int, prompt: list[int], computed: int, pages: list[int], params: SamplingParams, seed: int) -> Work:
     request = Request(id=f"r{slot}", prompt=tuple(prompt), params=params, seed=seed)
     sequence = Sequence(request, num_computed=computed, page_ids=pages, slot=slot)
-    return Work(sequence, computed, len(prompt) - computed, samples=True, epoch=0, new_slot=True, num_output=0)
+    return Work(sequence, computed, len(prompt) - computed, samples=True, new_slot=True, num_output=0)
 
 
 @pytest.mark.parametrize("size", [(9, 3, 4), (16, 8, 4)])

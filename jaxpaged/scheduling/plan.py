@@ -23,7 +23,6 @@ class Work:
         start: Position of the first new token.
         num_new_tokens: At least 1.
         samples: Whether the row ends at the sequence's last token, so that the step samples the next one.
-        epoch: ``sequence.num_preemptions`` when planned.
         new_slot: Whether the sequence got its slot in this very plan, so that the slot's state must be written first.
         num_output: Sampled tokens before this one, known or pending (for ``min_tokens``).
     """
@@ -32,7 +31,6 @@ class Work:
     start: int
     num_new_tokens: int
     samples: bool
-    epoch: int
     new_slot: bool
     num_output: int
 

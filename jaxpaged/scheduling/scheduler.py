@@ -358,7 +358,7 @@ class Scheduler:
         num_total = len(sequence.tokens) + sequence.num_pending
         samples = start + count == num_total
         num_output = num_total - len(sequence.request.prompt)
-        work = Work(sequence, start, count, samples, sequence.num_preemptions, new_slot, num_output)
+        work = Work(sequence, start, count, samples, new_slot, num_output)
         (draft.decodes if count == 1 else draft.chunks).append(work)
         draft.budget -= count
         draft.has_suspect |= sequence.suspect

@@ -14,7 +14,7 @@ def sequence(slot, prompt, pages, *, index=0, seed=0, eos=(), **params):
 
 
 def work(seq, start, count, *, new=True, samples=None, num_output=0):
-    return Work(seq, start, count, start + count >= len(seq.tokens) if samples is None else samples, 0, new, num_output)
+    return Work(seq, start, count, start + count >= len(seq.tokens) if samples is None else samples, new, num_output)
 
 
 def plan_of(*rows, bucket=16, slots=4):

@@ -157,11 +157,11 @@ class SlotStateNotWritten(Scheduler):
         super()._plan(draft, sequence, count, new_slot=new_slot and sequence.num_preemptions == 0)
 
 
-class EpochIgnored(Scheduler):
+class PreemptedTokenDropped(Scheduler):
     """The token of a step before a preemption is dropped when it comes, but still counted as sampled."""
 
     def _apply(self, work: Work, row: int, result: StepResult) -> TokenEvent | None:
-        if work.epoch != work.sequence.num_preemptions:
+        if work.sequence.status is Status.WAITING:
             return None
         return super()._apply(work, row, result)
 
@@ -346,7 +346,7 @@ SCHEDULER_MUTANTS = [
     PreemptToBack,
     PreemptCascade,
     SlotStateNotWritten,
-    EpochIgnored,
+    PreemptedTokenDropped,
     UnservableAdmitted,
     HeadOvertaken,
     BudgetExceeded,
