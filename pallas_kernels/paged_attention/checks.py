@@ -10,7 +10,8 @@ from typing import Any
 
 import jax.numpy as jnp
 
-KV_DTYPES = ("float32", "bfloat16", "float16")
+Q_DTYPES = ("float32", "bfloat16", "float16")
+KV_DTYPES = (*Q_DTYPES, "float8_e4m3fn", "int8")
 
 
 def _require(condition: bool, argument: str, value: Any, allowed: str) -> None:
@@ -49,7 +50,7 @@ def check_arguments(
 
     The arguments are those of ``ragged_paged_attention``.
     """
-    _require_array("q", q, (None, None, None), "[T, H, D]", KV_DTYPES)
+    _require_array("q", q, (None, None, None), "[T, H, D]", Q_DTYPES)
     _require_array("kv_pages", kv_pages, (None, None, None, None), "[N, B, 2K, D]", KV_DTYPES)
     num_q_heads, head_dim = q.shape[1:]
     num_pages, page_size, num_kv, kv_head_dim = kv_pages.shape
@@ -79,6 +80,29 @@ def check_arguments(
         _require(soft_cap > 0, "soft_cap", repr(soft_cap), "above 0, or None")
     if sinks is not None:
         _require_array("sinks", sinks, (num_q_heads,), "[H]", ("float32",))
+    _check_scales(kv_pages, k_scale, v_scale)
+
+
+def _check_scales(kv_pages: Any, k_scale: Any, v_scale: Any) -> None:
+    num_pages, page_size, num_kv, _ = kv_pages.shape
+    per_token = (num_pages, num_kv // 2, page_size)
     for argument, scale in (("k_scale", k_scale), ("v_scale", v_scale)):
-        if scale is not None:
-            _require(jnp.shape(scale) == (), argument, _describe(scale), "a scalar, or None")
+        if kv_pages.dtype == jnp.int8:
+            _require(scale is not None, argument, "None", f"float32 [N, K, B] for int8 pages, here {list(per_token)}, or a scalar")
+        if scale is not None and jnp.shape(scale) != ():
+            _require_array(argument, scale, per_token, "a scalar, None, or [N, K, B]", ("float32",))
+    _require(
+        k_scale is None or v_scale is None or jnp.ndim(k_scale) == jnp.ndim(v_scale),
+        "v_scale", _describe(v_scale) if v_scale is not None else "None", "of k_scale's shape: both scalars or both [N, K, B]",
+    )  # fmt: skip
+
+
+def check_new_tokens(q: Any, kv: Any, kv_pages: Any, page_ids: Any, offsets: Any) -> None:
+    """Raises ValueError, naming the argument, if these new tokens cannot be written to these pages.
+
+    The arguments are those of ``ragged_paged_attention_update``; ``q`` and ``kv_pages`` are checked already.
+    """
+    num_tokens = q.shape[0]
+    _require_array("kv", kv, (num_tokens, *kv_pages.shape[2:]), "[T, 2K, D]", Q_DTYPES)
+    _require_array("page_ids", page_ids, (num_tokens,), "[T]", ("int32",))
+    _require_array("offsets", offsets, (num_tokens,), "[T]", ("int32",))

@@ -8,6 +8,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 
+def _scale_of(scale: Any, page_ids: NDArray[Any], kv_head: int, offsets: NDArray[Any]) -> Any:
+    """Returns what the stored numbers of some tokens are multiplied with: one number, or one per token ``[C, 1]``."""
+    scale = np.asarray(1.0 if scale is None else scale, np.float64)
+    return scale[page_ids, kv_head, offsets][:, None] if scale.ndim else scale
+
+
 def ragged_paged_attention(
     q: Any,
     kv_pages: Any,
@@ -23,6 +29,7 @@ def ragged_paged_attention(
     k_scale: Any = None,
     v_scale: Any = None,
     return_lse: bool = False,
+    work: None = None,
 ) -> NDArray[np.float64] | tuple[NDArray[np.float64], NDArray[np.float64]]:
     """Returns float64 outputs (and log-sums); arguments as in ``pallas_kernels.paged_attention.ragged_paged_attention``.
 
@@ -41,11 +48,12 @@ def ragged_paged_attention(
             position = int(kv_lens[row]) - (end - token)
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
             seen = np.arange(first, position + 1)
-            kv = pages[block_tables[row, seen // page_size], seen % page_size].astype(np.float64)
+            page_ids, offsets = block_tables[row, seen // page_size], seen % page_size
+            kv = pages[page_ids, offsets].astype(np.float64)
             for head in range(q.shape[1]):
                 kv_head = head // heads_per_kv_head
-                keys = kv[:, 2 * kv_head] * (1.0 if k_scale is None else float(k_scale))
-                values = kv[:, 2 * kv_head + 1] * (1.0 if v_scale is None else float(v_scale))
+                keys = kv[:, 2 * kv_head] * _scale_of(k_scale, page_ids, kv_head, offsets)
+                values = kv[:, 2 * kv_head + 1] * _scale_of(v_scale, page_ids, kv_head, offsets)
                 scores = keys @ q[token, head] * sm_scale
                 if soft_cap is not None:
                     scores = soft_cap * np.tanh(scores / soft_cap)
@@ -58,3 +66,12 @@ def ragged_paged_attention(
                 out[token, head] = weights @ values / total
                 lse[token, head] = top + np.log(total)
     return (out, lse) if return_lse else out
+
+
+def make_work_list(kv_lens: Any, cu_q_lens: Any, distribution: Any, *, num_tokens: int, page_size: int, table_width: int) -> None:
+    """Returns None: this implementation walks the rows as they come."""
+
+
+def storage_head_dim(head_dim: int) -> int:
+    """Returns ``head_dim``: any will do."""
+    return head_dim

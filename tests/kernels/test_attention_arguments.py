@@ -44,7 +44,8 @@ def test_good_arguments_pass():
         ({"q": array(8, 6, 64, dtype=jnp.float32)}, r"kv_pages is .*with q's D, here 64"),
         ({"kv_pages": array(10, 16, 3, 32, dtype=jnp.float32)}, r"kv_pages is .*axis 2 is even"),
         ({"kv_pages": array(10, 0, 4, 32, dtype=jnp.float32)}, r"kv_pages is .*above 0 on each axis"),
-        ({"kv_pages": array(10, 16, 4, 32, dtype=jnp.int8)}, r"kv_pages is int8.*must be float32"),
+        ({"kv_pages": array(10, 16, 4, 32)}, r"kv_pages is int32.*must be float32 or .* or int8"),
+        ({"kv_pages": array(10, 16, 4, 32, dtype=jnp.int8)}, r"k_scale is None: must be float32 \[N, K, B\] for int8 pages, here \[10, 2, 16\]"),
         ({"kv_lens": array(3, 1)}, r"kv_lens is int32\[3, 1\]: must be \[S\]"),
         ({"kv_lens": array(3, dtype=jnp.float32)}, r"kv_lens is float32\[3\]: must be int32"),
         ({"block_tables": array(4, 5)}, r"block_tables is int32\[4, 5\]: must be \[S, P\], here \[3, any\]"),
@@ -55,8 +56,10 @@ def test_good_arguments_pass():
         ({"sliding_window": 2.5}, r"sliding_window is 2.5"),
         ({"soft_cap": -1.0}, r"soft_cap is -1.0: must be above 0, or None"),
         ({"sinks": jnp.zeros(5)}, r"sinks is float32\[5\]: must be \[H\], here \[6\]"),
-        ({"k_scale": jnp.zeros(2)}, r"k_scale is float32\[2\]: must be a scalar, or None"),
-        ({"implementation": "cuda"}, r"implementation='cuda': must be one of 'reference', 'xla'"),
+        ({"k_scale": jnp.zeros(2)}, r"k_scale is float32\[2\]: must be a scalar, None, or \[N, K, B\], here \[10, 2, 16\]"),
+        ({"v_scale": array(10, 2, 16)}, r"v_scale is int32.*must be float32"),
+        ({"k_scale": 1.0, "v_scale": array(10, 2, 16, dtype=jnp.float32)}, r"v_scale is .*of k_scale's shape"),
+        ({"implementation": "cuda"}, r"implementation='cuda': must be 'auto' or one of 'reference', 'xla', 'mosaic_gpu', 'triton', 'tpu'"),
     ],
 )
 def test_bad_argument_is_named(changes, message):

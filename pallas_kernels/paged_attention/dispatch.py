@@ -1,0 +1,77 @@
+"""Which implementation of paged attention runs: loading it, choosing it for the platform, and falling to the next one aloud."""
+
+from __future__ import annotations
+
+import importlib
+import types
+import warnings
+from typing import Any
+
+import jax
+
+IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton", "tpu")
+
+FALLS_TO = {"mosaic_gpu": "triton", "triton": "xla", "tpu": "xla"}
+"""Who serves what an implementation lacks. ``xla`` lacks nothing and runs on every platform."""
+
+
+def sibling(implementation: str) -> types.ModuleType:
+    """Returns the module of an implementation, loaded on first use: the kernel languages are optional parts of jax.
+
+    Raises:
+        ValueError: There is no such implementation.
+    """
+    if implementation not in IMPLEMENTATIONS:
+        raise ValueError(f"implementation={implementation!r}: must be 'auto' or one of {', '.join(map(repr, IMPLEMENTATIONS))}")
+    return importlib.import_module(f"pallas_kernels.paged_attention.{implementation}")
+
+
+def default_implementation() -> str:
+    """Returns the fastest implementation for jax's default device: what ``auto`` means."""
+    device = jax.devices()[0]
+    if device.platform == "tpu":
+        return "tpu"
+    if device.platform == "gpu":
+        # Mosaic GPU's wgmma is Hopper's (compute capability 9.x) alone; AMD's devices name an architecture here.
+        return "mosaic_gpu" if str(getattr(device, "compute_capability", "")).startswith("9.") else "triton"
+    return "xla"
+
+
+def resolve(implementation: str) -> str:
+    """Returns an implementation's name, ``auto`` resolved for the default device.
+
+    Raises:
+        ValueError: There is no such implementation.
+    """
+    if implementation == "auto":
+        return default_implementation()
+    sibling(implementation)
+    return implementation
+
+
+def choose(implementation: str, q: Any, kv_pages: Any, **options: Any) -> types.ModuleType:
+    """Returns the module that serves a call: the one asked for, or the first behind it that can.
+
+    What an implementation lacks is said once, in a warning that names it (Python shows the same warning from the same place
+    once). An answer is never wrong for want of a feature.
+
+    Args:
+        implementation: A name, or ``auto``.
+        q: Queries; their shape and dtype are looked at.
+        kv_pages: The pool of one layer; shape and dtype.
+        **options: ``sliding_window``, ``soft_cap``, ``sinks``, ``k_scale``, ``v_scale`` of the call.
+
+    Raises:
+        ValueError: There is no such implementation.
+    """
+    name = resolve(implementation)
+    while name in FALLS_TO:
+        module = sibling(name)
+        reason = module.unsupported(q, kv_pages, **options)
+        if reason is None:
+            return module
+        warnings.warn(
+            f"paged attention: {name!r} cannot serve this call ({reason}); {FALLS_TO[name]!r} serves it", RuntimeWarning, stacklevel=3
+        )
+        name = FALLS_TO[name]
+    return sibling(name)
