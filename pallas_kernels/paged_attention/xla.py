@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -292,6 +293,7 @@ def ragged_paged_attention(
     k_scale: float | Float[Array, ""] | None = None,
     v_scale: float | Float[Array, ""] | None = None,
     return_lse: bool = False,
+    work: None = None,
 ) -> Float[Array, "T H D"] | tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """Attends in plain XLA operations; arguments as in ``pallas_kernels.paged_attention.ragged_paged_attention``."""
     num_tokens, num_q_heads = q.shape[:2]
@@ -320,3 +322,12 @@ def ragged_paged_attention(
 
     out = merge(singles[0], others[0]).astype(q.dtype)
     return (out, merge(singles[1], others[1])) if return_lse else out
+
+
+def make_work_list(kv_lens: Any, cu_q_lens: Any, distribution: Any, *, num_tokens: int, page_size: int, table_width: int) -> None:
+    """Returns None: this implementation walks the rows as they come."""
+
+
+def storage_head_dim(head_dim: int) -> int:
+    """Returns ``head_dim``: any will do."""
+    return head_dim
