@@ -1,0 +1,627 @@
+"""Ragged prefill attention over pages for Hopper, in Mosaic GPU."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+LOG2E = math.log2(math.e)
+
+ROWS = 64
+"""Query tokens of a warpgroup's tile: the M of wgmma."""
+
+_LANES = 64
+"""Numbers of a 128-byte line of bf16 or fp16: the width of the swizzled tiles in shared memory."""
+
+_NO_KEY = -1e30
+"""Maximum of no scores; finite, so that the difference of two is not NaN."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiling:
+    """Static sizes of the kernel.
+
+    Attributes:
+        block_kv: Keys of a K/V tile in shared memory, a multiple of 64.
+        stages: Tiles of K and of V in flight.
+        separate_out: Whether the outputs have a buffer of their own, so that the next queries are fetched while they are stored.
+        num_ctas: Thread blocks of the persistent grid; one fits on a multiprocessor.
+        p_smem: Whether the probabilities go through shared memory and the sums through a second accumulator, as jax's interpreter wants.
+    """
+
+    block_kv: int = 128
+    stages: int = 2
+    separate_out: bool = True
+    num_ctas: int = 132
+    p_smem: bool = False
+
+
+class PrefillItems(NamedTuple):
+    """The query tiles of a step: first each row's tiles 0, 2, 4, ..., last ones first, then 1, 3, 5, ... likewise.
+
+    Attributes:
+        rows: Row of each tile.
+        tiles: Number of the tile in its row.
+        slots: The row's first slot in the log-sums plus the number of the tile.
+        counts: How many there are, and how many of them are even; what lies behind them is padding.
+        first_slots: Each row's first slot.
+    """
+
+    rows: Int[Array, " I"]
+    tiles: Int[Array, " I"]
+    slots: Int[Array, " I"]
+    counts: Int[Array, " 2"]
+    first_slots: Int[Array, " S"]
+
+
+def default_tiling(head_dim: int) -> Tiling:
+    """Returns the sizes for a head dimension."""
+    if head_dim <= 64:
+        return Tiling(stages=4)
+    if head_dim <= 128:
+        return Tiling()
+    return Tiling(block_kv=64, separate_out=False)
+
+
+def prefill_items(
+    cu_q_lens: Int[Array, " S+1"],
+    first_row: int | Int[Array, ""],
+    end_row: int | Int[Array, ""],
+    *,
+    num_tokens: int,
+    tiling: Tiling | None = None,
+) -> PrefillItems:
+    del tiling
+    num_rows = cu_q_lens.shape[0] - 1
+    capacity = num_tokens // ROWS + num_rows + num_rows // 8 + 1
+    row = jnp.arange(num_rows, dtype=jnp.int32)
+    start, end = cu_q_lens[:-1], cu_q_lens[1:]
+    tiles = (end - start // 8 * 8 + ROWS - 1) // ROWS
+    tiles = jnp.where((row >= first_row) & (row < end_row) & (end > start), tiles, 0)
+    first_slots = jnp.cumsum(tiles, dtype=jnp.int32) - tiles
+    item = jnp.arange(capacity, dtype=jnp.int32)
+
+    def listed(numbers: Int[Array, " S"], item: Int[Array, " I"]) -> tuple[Int[Array, " I"], Int[Array, " I"], Int[Array, ""]]:
+        ends = jnp.cumsum(numbers, dtype=jnp.int32)
+        rows = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
+        rows = jnp.clip(rows, 0, num_rows - 1)
+        return rows, jnp.maximum(ends[rows] - 1 - item, 0), ends[-1]
+
+    even_rows, even, num_even = listed((tiles + 1) // 2, item)
+    odd_rows, odd, num_odd = listed(tiles // 2, item - num_even)
+    rows = jnp.where(item < num_even, even_rows, odd_rows)
+    number = jnp.where(item < num_even, 2 * even, 2 * odd + 1)
+    return PrefillItems(rows, number, first_slots[rows] + number, jnp.stack([num_even + num_odd, num_even]), first_slots)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Plan:
+    """What is known when the kernel is built."""
+
+    num_tokens: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    page_size: int
+    dtype: Any
+    sm_scale: float
+    sliding_window: int | None
+    soft_cap: float | None
+    tiling: Tiling
+
+    @property
+    def group(self) -> int:
+        return self.num_heads // self.num_kv_heads
+
+    @property
+    def paired_heads(self) -> bool:
+        return self.group % 2 == 0
+
+    @property
+    def units_per_item(self) -> int:
+        return self.group // 2 if self.paired_heads else self.group
+
+    @property
+    def copy_tokens(self) -> int:
+        fits = [n for n in range(8, min(self.page_size, self.tiling.block_kv) + 1, 8) if self.page_size % n == 0]
+        return max(fits)
+
+    @property
+    def copies(self) -> int:
+        return self.tiling.block_kv // self.copy_tokens
+
+    @property
+    def tile_tokens(self) -> int:
+        return self.copies * self.copy_tokens
+
+
+class _Refs(NamedTuple):
+    q: Any
+    kv: Any
+    kv_lens: Any
+    tables: Any
+    cu_q_lens: Any
+    rows: Any
+    tiles: Any
+    slots: Any
+    counts: Any
+    sinks: Any
+    scales: Any
+    out: Any
+    lse: Any
+
+
+class _Smem(NamedTuple):
+    q: Any
+    k: Any
+    v: Any
+    out: Any
+    line: Any
+    lse: Any
+    p: Any
+
+
+class _Barriers(NamedTuple):
+    q_full: Any
+    q_free: Any
+    k_full: Any
+    v_full: Any
+    v_raw: Any
+    k_free: Any
+    v_free: Any
+    turn: Any
+
+
+class _Unit(NamedTuple):
+    row: Any
+    slot: Any
+    kv_head: Any
+    base: Any
+    first: Any
+    end: Any
+    shift: Any
+    kv_len: Any
+    lower: Any
+    upper: Any
+    head: Any
+
+
+def _i32(x: int) -> Any:
+    return jnp.int32(x)
+
+
+def _units_per_kv_head(plan: _Plan, refs: _Refs) -> Any:
+    return refs.counts[0 if plan.paired_heads else 1] * _i32(plan.units_per_item)
+
+
+def _unit(plan: _Plan, refs: _Refs, index: Any, wg: Any) -> _Unit:
+    """Returns what the ``index``-th unit of the grid is, seen by warpgroup ``wg``."""
+    per_head = _units_per_kv_head(plan, refs)
+    kv_head = lax.div(index, per_head)
+    rest = index - kv_head * per_head
+    item = lax.div(rest, _i32(plan.units_per_item))
+    group = rest - item * _i32(plan.units_per_item)
+    row, tile, slot = refs.rows[item], refs.tiles[item], refs.slots[item]
+    start, end = refs.cu_q_lens[row], refs.cu_q_lens[row + 1]
+    kv_len = refs.kv_lens[row]
+    aligned = start - lax.rem(start, _i32(8))
+    nominal = aligned + tile * ROWS
+    stop = jnp.minimum(nominal + (ROWS if plan.paired_heads else 2 * ROWS), end)
+    shift = kv_len - end  # position of a token = its index + shift
+    upper = lax.div(jnp.maximum(stop + shift, 0) + (plan.tile_tokens - 1), _i32(plan.tile_tokens))
+    lower = _i32(0)
+    if plan.sliding_window is not None:
+        oldest = jnp.maximum(nominal, start) + shift - (plan.sliding_window - 1)
+        lower = lax.div(jnp.maximum(oldest, 0), _i32(plan.tile_tokens))
+    head = kv_head * plan.group
+    if plan.paired_heads:
+        head = head + 2 * group + wg
+    else:
+        head = head + group
+        nominal = nominal + wg * ROWS
+        slot = slot + wg
+    upper = jnp.maximum(upper, lower + 1)
+    return _Unit(
+        row=row, slot=slot, kv_head=kv_head, base=jnp.minimum(nominal, _i32(plan.num_tokens - ROWS)), first=jnp.maximum(nominal, start),
+        end=end, shift=shift, kv_len=kv_len, lower=lower, upper=upper, head=head,
+    )  # fmt: skip
+
+
+def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> None:
+    """The memory warpgroup: fetches queries and pages."""
+    stages, copies, size = plan.tiling.stages, plan.copies, plan.copy_tokens
+    _clear_unused_rows(plan, smem)
+
+    def unit_body(j: Any, ring: Any) -> Any:
+        unit = _unit(plan, refs, cta + j * plan.tiling.num_ctas, _i32(0))
+        other = _unit(plan, refs, cta + j * plan.tiling.num_ctas, _i32(1))
+        last_page = lax.div(jnp.maximum(unit.kv_len - 1, 0), _i32(plan.page_size))
+
+        def page_ids(i: Any) -> tuple[Any, ...]:
+            places = [lax.div(i * plan.tile_tokens + c * size, _i32(plan.page_size)) for c in range(copies)]
+            return tuple(refs.tables[unit.row, jnp.minimum(place, last_page)] for place in places)
+
+        def tile_body(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
+            place = ring + i - unit.lower
+            slot = lax.rem(place, _i32(stages))
+            next_ids = page_ids(i + 1)
+
+            def copy(which: int, target: Any, barrier: Any) -> None:
+                for c in range(copies):
+                    offset = lax.rem(i * plan.tile_tokens + c * size, _i32(plan.page_size))
+                    plgpu.copy_gmem_to_smem(
+                        refs.kv.at[ids[c], pl.ds(pl.multiple_of(offset, 8), size), 2 * unit.kv_head + which],
+                        target.at[slot, pl.ds(c * size, size)],
+                        barrier,
+                    )
+
+            @pl.when(place >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(bars.k_free.at[slot])
+
+            copy(0, smem.k, bars.k_full.at[slot])
+
+            @pl.when(i == unit.lower)
+            def _() -> None:
+                @pl.when(ring > 0)
+                def _() -> None:
+                    plgpu.barrier_wait(bars.q_free)
+
+                for w, part in enumerate((unit, other)):
+                    plgpu.copy_gmem_to_smem(
+                        refs.q.at[pl.ds(pl.multiple_of(part.base, 8), ROWS), part.head], smem.q.at[w], bars.q_full.at[w]
+                    )
+
+            @pl.when(place >= stages)
+            def _() -> None:
+                plgpu.barrier_wait(bars.v_free.at[slot])
+
+            tail = unit.kv_len - i * plan.tile_tokens
+
+            @pl.when(tail >= plan.tile_tokens)
+            def _() -> None:
+                copy(1, smem.v, bars.v_full.at[slot])
+
+            @pl.when(tail < plan.tile_tokens)
+            def _() -> None:
+                copy(1, smem.v, bars.v_raw)
+                plgpu.barrier_wait(bars.v_raw)
+                _clear_rows(plan, smem.v.at[slot], tail)
+                plgpu.commit_smem()
+                for _c in range(copies):
+                    plgpu.barrier_arrive(bars.v_full.at[slot])
+
+            return next_ids
+
+        lax.fori_loop(unit.lower, unit.upper, tile_body, page_ids(unit.lower))
+        return ring + unit.upper - unit.lower
+
+    tiles = lax.fori_loop(0, _units_of(plan, refs, cta), unit_body, _i32(0))
+
+    def drain(place: Any, _: Any) -> None:
+        slot = lax.rem(place, _i32(stages))
+        plgpu.barrier_wait(bars.k_free.at[slot])
+        plgpu.barrier_wait(bars.v_free.at[slot])
+
+    lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
+
+    @pl.when(tiles > 0)
+    def _() -> None:
+        plgpu.barrier_wait(bars.q_free)
+
+
+def _units_of(plan: _Plan, refs: _Refs, cta: Any) -> Any:
+    ctas = plan.tiling.num_ctas
+    units = _units_per_kv_head(plan, refs) * _i32(plan.num_kv_heads)
+    return lax.div(jnp.maximum(units - cta + (ctas - 1), 0), _i32(ctas))
+
+
+def _clear_rows(plan: _Plan, tile: Any, first: Any) -> None:
+    """Zeroes the rows of a V tile from ``first`` on: a probability of 0 does not keep a NaN out of the sum."""
+    for r in range(0, plan.tiling.block_kv, _LANES):
+
+        @pl.when(first < r + _LANES)
+        def _(r: int = r) -> None:
+            for c in range(0, plan.head_dim, _LANES):
+                part = tile.at[pl.ds(r, _LANES), pl.ds(c, _LANES)]
+                rows = plgpu.broadcasted_iota(jnp.int32, (_LANES, _LANES), 0, layout=plgpu.Layout.WGMMA)
+                part[...] = jnp.where(rows + r < first, part[...], jnp.zeros((), plan.dtype))
+
+
+def _clear_unused_rows(plan: _Plan, smem: _Smem) -> None:
+    if plan.tile_tokens == plan.tiling.block_kv:
+        return
+    zeros = plgpu.layout_cast(jnp.zeros((_LANES, _LANES), plan.dtype), plgpu.Layout.WGMMA)
+    for stage in range(plan.tiling.stages):
+        for r in range(plan.tile_tokens // _LANES * _LANES, plan.tiling.block_kv, _LANES):
+            for c in range(0, plan.head_dim, _LANES):
+                smem.v[stage, pl.ds(r, _LANES), pl.ds(c, _LANES)] = zeros
+    plgpu.commit_smem()
+
+
+def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg: Any) -> None:
+    """A compute warpgroup."""
+    stages, block_kv, dim = plan.tiling.stages, plan.tiling.block_kv, plan.head_dim
+    shape = (ROWS, block_kv)
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    q_smem, out_smem, line_smem, lse_smem = smem.q.at[wg], smem.out.at[wg], smem.line.at[wg], smem.lse.at[wg]
+
+    def rows_of(x: Any) -> Any:
+        return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row_layout)
+
+    def take_turn() -> None:
+        plgpu.barrier_arrive(bars.turn)
+        plgpu.barrier_wait(bars.turn)
+
+    def unit_body(j: Any, ring: Any) -> Any:
+        unit = _unit(plan, refs, cta + j * plan.tiling.num_ctas, wg)
+        position = unit.base + unit.shift  # of the tile's first row
+
+        plgpu.barrier_wait(bars.q_full.at[wg])
+
+        scale = plan.sm_scale * LOG2E
+        if refs.scales is not None:
+            scale = refs.scales[0] * scale
+
+        def tile_body(i: Any, carry: Any) -> Any:
+            acc, top, total = carry
+            slot = lax.rem(ring + i - unit.lower, _i32(stages))
+            plgpu.barrier_wait(bars.k_full.at[slot])
+
+            def scores(ref: Any) -> Any:
+                plgpu.wgmma(ref, q_smem, smem.k.at[slot].T)
+                take_turn()
+                return ref[...]
+
+            s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+            plgpu.barrier_arrive(bars.k_free.at[slot])
+            if plan.tiling.separate_out:
+
+                @pl.when(i == unit.upper - 1)
+                def _() -> None:
+                    plgpu.barrier_arrive(bars.q_free)
+
+            s, factor = _capped(plan, s, scale)
+            first = i * plan.tile_tokens
+
+            def masked(s: Any) -> Any:
+                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
+                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
+                behind = (position - first) + row - column
+                seen = behind >= 0
+                if plan.sliding_window is not None:
+                    seen = seen & (behind < plan.sliding_window)
+                if plan.tile_tokens != block_kv:
+                    seen = seen & (column < plan.tile_tokens)
+                return jnp.where(seen, s, -jnp.inf)
+
+            if plan.tile_tokens != block_kv:
+                s = masked(s)
+            else:
+                edge = first + block_kv - 1 > position
+                if plan.sliding_window is not None:
+                    edge = edge | (position + (ROWS - 1) - first >= plan.sliding_window)
+                s = lax.cond(edge, masked, lambda s: s, s)
+
+            new_top = jnp.maximum(top, s.max(axis=1) * factor)
+            decay = jnp.exp2(top - new_top)
+            p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, shape, [0]))
+            acc = acc * lax.broadcast_in_dim(decay, (ROWS, dim), [0])
+            total = total * decay + p.sum(axis=1)
+            p = p.astype(plan.dtype)
+            if plan.tiling.p_smem:
+                smem.p[wg] = p
+                plgpu.commit_smem()
+            plgpu.barrier_arrive(bars.turn)
+            plgpu.barrier_wait(bars.v_full.at[slot])
+            plgpu.barrier_wait(bars.turn)
+
+            def values(ref: Any) -> None:
+                plgpu.wgmma(ref, smem.p.at[wg] if plan.tiling.p_smem else p, smem.v.at[slot])
+
+            if plan.tiling.p_smem:
+                acc = acc + pl.run_scoped(lambda ref: (values(ref), ref[...])[1], plgpu.ACC((ROWS, dim), jnp.float32))
+            else:
+                acc = pl.run_state(values)(plgpu.ACC.init(acc))
+            plgpu.barrier_arrive(bars.v_free.at[slot])
+            return acc, new_top, total
+
+        zeros = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
+        acc, top, total = lax.fori_loop(unit.lower, unit.upper, tile_body, (zeros, rows_of(_NO_KEY), rows_of(0.0)))
+
+        some = total > 0
+        if refs.sinks is not None:
+            sink = rows_of(refs.sinks[unit.head] * LOG2E)
+            new_top = jnp.maximum(top, sink)
+            decay = jnp.exp2(top - new_top)
+            acc = acc * lax.broadcast_in_dim(decay, (ROWS, dim), [0])
+            total = total * decay + jnp.exp2(sink - new_top)
+            top = new_top
+        total = jnp.where(some, total, 1.0)
+        inverse = 1.0 / total
+        if refs.scales is not None:
+            inverse = inverse * refs.scales[1]
+        acc = acc * lax.broadcast_in_dim(inverse, (ROWS, dim), [0])
+        lse = jnp.where(some, (top + jnp.log(total) * LOG2E) * (1 / LOG2E), -jnp.inf)
+
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        out_smem[...] = acc.astype(plan.dtype)
+        lse_smem[...] = lse
+        plgpu.commit_smem()
+        _store(plan, refs, unit, out_smem, line_smem, lse_smem)
+        if not plan.tiling.separate_out:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            plgpu.barrier_arrive(bars.q_free)
+
+        return ring + unit.upper - unit.lower
+
+    pl.when(wg == 1)(take_turn)
+    lax.fori_loop(0, _units_of(plan, refs, cta), unit_body, _i32(0))
+    pl.when(wg == 0)(take_turn)
+    plgpu.wait_smem_to_gmem(0)
+
+
+def _capped(plan: _Plan, s: Any, scale: Any) -> tuple[Any, Any]:
+    """Returns scores and the factor that takes them to base 2."""
+    if plan.soft_cap is None:
+        return (s, scale) if plan.sm_scale > 0 else (s * scale, 1.0)
+    power = jnp.exp2(s * (scale * (2.0 / plan.soft_cap)))
+    root = lax.rsqrt(1.0 + power)
+    return (plan.soft_cap * LOG2E) * (1.0 - 2.0 * (root * root)), 1.0
+
+
+def _store(plan: _Plan, refs: _Refs, unit: _Unit, out_smem: Any, line_smem: Any, lse_smem: Any) -> None:
+    """Stores a tile's own tokens, and no others."""
+    lo = unit.first - unit.base
+    hi = jnp.minimum(unit.end - unit.base, ROWS)
+
+    @pl.when((lo == 0) & (hi == ROWS))
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(out_smem, refs.out.at[pl.ds(pl.multiple_of(unit.base, 8), ROWS), unit.head])
+
+    @pl.when((lo < hi) & ((lo > 0) | (hi < ROWS)))
+    def _() -> None:
+        for c in range(0, plan.head_dim, _LANES):
+            line_smem[...] = out_smem[:, pl.ds(c, _LANES)]
+            plgpu.commit_smem()
+
+            def row_body(r: Any, _: Any, c: int = c) -> None:
+                plgpu.copy_smem_to_gmem(line_smem.at[r], refs.out.at[unit.base + r, unit.head, pl.ds(c, _LANES)])
+
+            lax.fori_loop(lo, hi, row_body, None)
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+
+    @pl.when(lo < hi)
+    def _() -> None:
+        plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[unit.head, unit.slot])
+
+
+def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
+    inputs = list(refs[:9])
+    extra = list(refs[9:-2])
+    sinks = extra.pop(0) if has_sinks else None
+    scales = extra.pop(0) if has_scales else None
+    named = _Refs(*inputs, sinks, scales, *refs[-2:])
+    tiling = plan.tiling
+    swizzled = (plgpu.TilingTransform((8, _LANES)), plgpu.SwizzleTransform(128))
+
+    def tile(*shape: int) -> Any:
+        return plgpu.SMEM(shape, plan.dtype, transforms=swizzled)
+
+    kv_shape = (tiling.stages, tiling.block_kv, plan.head_dim)
+    q_shape = (2, ROWS, plan.head_dim)
+    smem = {
+        "q": tile(*q_shape),
+        "k": tile(*kv_shape),
+        "v": tile(*kv_shape),
+        "line": plgpu.SMEM((2, ROWS, _LANES), plan.dtype),
+        "lse": plgpu.SMEM((2, ROWS), jnp.float32),
+    }
+    if tiling.separate_out:
+        smem["out"] = tile(*q_shape)
+    if tiling.p_smem:
+        smem["p"] = tile(2, ROWS, tiling.block_kv)
+    barriers = _Barriers(
+        q_full=plgpu.Barrier(num_arrivals=1, num_barriers=2),
+        q_free=plgpu.Barrier(num_arrivals=2),
+        k_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages),
+        v_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages),
+        v_raw=plgpu.Barrier(num_arrivals=plan.copies),
+        k_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+        v_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
+        turn=plgpu.Barrier(num_arrivals=2),
+    )
+
+    def body(buffers: dict[str, Any], bars: _Barriers) -> None:
+        buffers = {"out": buffers["q"], "p": None, **buffers}
+        scratch = _Smem(**buffers)
+        cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+
+        @pl.when(wg < 2)
+        def _() -> None:
+            plgpu.set_max_registers(232, action="increase")
+            _attend(plan, named, scratch, bars, cta, wg)
+
+        @pl.when(wg == 2)
+        def _() -> None:
+            plgpu.set_max_registers(40, action="decrease")
+            _fetch(plan, named, scratch, bars, cta)
+
+    pl.run_scoped(body, smem, barriers, collective_axes="wg")
+
+
+def prefill_attention(
+    q: Float[Array, "T H D"],
+    kv_pages: Float[Array, "N B 2K D"],
+    kv_lens: Int[Array, " S"],
+    block_tables: Int[Array, "S P"],
+    cu_q_lens: Int[Array, " S+1"],
+    first_row: int | Int[Array, ""],
+    end_row: int | Int[Array, ""],
+    items: PrefillItems,
+    *,
+    sm_scale: float,
+    sliding_window: int | None = None,
+    soft_cap: float | None = None,
+    sinks: Float[Array, " H"] | None = None,
+    k_scale: float | Float[Array, ""] | None = None,
+    v_scale: float | Float[Array, ""] | None = None,
+    tiling: Tiling | None = None,
+) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
+    num_tokens, num_heads, head_dim = q.shape
+    padded = -(-num_tokens // ROWS) * ROWS
+    if padded != num_tokens:
+        q = jnp.pad(q, ((0, padded - num_tokens), (0, 0), (0, 0)))
+    plan = _Plan(
+        num_tokens=padded,
+        num_heads=num_heads,
+        num_kv_heads=kv_pages.shape[2] // 2,
+        head_dim=head_dim,
+        page_size=kv_pages.shape[1],
+        dtype=q.dtype,
+        sm_scale=sm_scale,
+        sliding_window=sliding_window,
+        soft_cap=soft_cap,
+        tiling=tiling or default_tiling(head_dim),
+    )
+    operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens, *items[:4]]
+    if sinks is not None:
+        operands.append(sinks)
+    has_scales = k_scale is not None or v_scale is not None
+    if has_scales:
+        operands.append(jnp.stack([jnp.asarray(1.0 if s is None else s, jnp.float32) for s in (k_scale, v_scale)]))
+    capacity = items.rows.shape[0]
+    out, lse_tiles = plgpu.kernel(
+        functools.partial(_entry, plan, sinks is not None, has_scales),
+        out_type=[
+            jax.ShapeDtypeStruct(q.shape, q.dtype),
+            jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
+        ],
+        grid=(plan.tiling.num_ctas,),
+        grid_names=("cta",),
+        num_threads=3,
+        thread_name="wg",
+        compiler_params=plgpu.CompilerParams(approx_math=True),
+    )(*operands)
+    return out[:num_tokens], _token_lse(lse_tiles, cu_q_lens, items, num_tokens=num_tokens, padded=padded)
+
+
+def _token_lse(
+    lse_tiles: Float[Array, "H I 64"], cu_q_lens: Int[Array, " S+1"], items: PrefillItems, *, num_tokens: int, padded: int
+) -> Float[Array, "T H"]:
+    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    row = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all").astype(jnp.int32)
+    row = jnp.minimum(row, cu_q_lens.shape[0] - 2)
+    aligned = cu_q_lens[row] // 8 * 8
+    tile = (token - aligned) // ROWS
+    offset = token - jnp.minimum(aligned + tile * ROWS, padded - ROWS)
+    return lse_tiles[:, jnp.clip(items.first_slots[row] + tile, 0, lse_tiles.shape[1] - 1), jnp.clip(offset, 0, ROWS - 1)].T
