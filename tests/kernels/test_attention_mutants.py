@@ -1,8 +1,7 @@
-"""Seeded faults in the XLA attention, and wrong arguments: the comparison with the reference must notice each."""
+"""Seeded faults in the XLA attention: the comparison with the reference must notice each."""
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 import types
 from pathlib import Path
@@ -11,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from attention_cases import make_case, relative_rms, run_reference, run_xla
+from attention_cases import make_case, relative_rms, run_reference
 
 from pallas_kernels.paged_attention import xla
 
@@ -62,19 +61,3 @@ def test_mutant_is_noticed(name):
     case, old, new = MUTANTS[name]
     assert old in SOURCE
     assert error(SOURCE.replace(old, new), case) > 1e-3
-
-
-@pytest.mark.parametrize("fault", ["token missing", "keys and values swapped", "wrong page"])
-def test_wrong_argument_is_noticed(fault):
-    case = make_case([1, 1, 40], [200, 330, 60])
-    tables = case.block_tables.copy()
-    tables[1, [2, 3]] = tables[1, [3, 2]]
-    swapped = case.kv_pages.reshape(*case.kv_pages.shape[:2], -1, 2, 32)[:, :, :, ::-1].reshape(case.kv_pages.shape)
-    wrong = {
-        "token missing": dataclasses.replace(case, kv_lens=case.kv_lens - np.array([1, 0, 0], np.int32)),
-        "keys and values swapped": dataclasses.replace(case, kv_pages=swapped),
-        # pages 2 and 3 in the wrong order: without positions in the scores, only a prefill or a window can tell
-        "wrong page": dataclasses.replace(case, block_tables=tables),
-    }[fault]
-    options = {"sm_scale": 0.17, "sliding_window": 290 if fault == "wrong page" else None}
-    assert relative_rms(run_xla(wrong, **options), run_reference(case, **options)) > 1e-3

@@ -1,0 +1,56 @@
+"""What is special to the XLA implementation: bounded memory, tilings of platforms, lowering."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from attention_cases import TOLERANCE, make_case, relative_rms, run_reference, run_xla
+
+from pallas_kernels.paged_attention import xla
+
+MIXED = ([1, 1, 1, 1, 1, 1, 7, 1, 40, 130], [1, 64, 65, 200, 33, 130, 7, 90, 171, 130])
+
+
+def test_many_rows_of_many_lengths():
+    case = make_case(*MIXED, num_tokens=200, num_rows=14)
+    out, want = run_xla(case, sm_scale=0.17), run_reference(case, sm_scale=0.17)
+    assert relative_rms(out[: case.num_used], want[: case.num_used]) <= TOLERANCE["float32"]
+
+
+def test_one_token_in_one_row_however_it_is_announced():
+    case = make_case([1], [40])
+    single = run_xla(case, sm_scale=0.17)
+    assert np.array_equal(single, run_xla(dataclasses.replace(case, distribution=np.array([0, 0, 1], np.int32)), sm_scale=0.17))
+
+
+def test_the_tiling_for_accelerators_agrees_too(monkeypatch):
+    monkeypatch.setattr(xla, "_CPU_SINGLE", xla._ACCELERATOR)
+    case = make_case(*MIXED)
+    call = jax.jit(functools.partial(xla.ragged_paged_attention.__wrapped__, sm_scale=0.17))
+    out = np.asarray(call(*map(jnp.asarray, case.arguments)))
+    assert relative_rms(out, run_reference(case, sm_scale=0.17)) <= TOLERANCE["float32"]
+
+
+def test_memory_does_not_grow_with_the_table():
+    def temp_bytes(table_width, num_tokens=512):
+        shapes = [(num_tokens, 8, 64), (4000, 16, 4, 64), (64,), (64, table_width), (65,), (3,)]
+        specs = [jax.ShapeDtypeStruct(shape, jnp.float32 if i < 2 else jnp.int32) for i, shape in enumerate(shapes)]
+        compiled = jax.jit(functools.partial(xla.ragged_paged_attention, sm_scale=0.1)).lower(*specs).compile()
+        return compiled.memory_analysis().temp_size_in_bytes
+
+    small, large = temp_bytes(32), temp_bytes(4096)
+    assert large - small <= 4 * (64 * 4096 * 4)  # copies of the table itself: sorted, padded
+    assert temp_bytes(128, 8192) <= 8 * (8192 * 8 * 64 * 4)
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "tpu"])
+def test_lowers_for_every_platform(platform):
+    case = make_case([1, 1, 9], [30, 50, 20], dtype="bfloat16")
+    call = jax.jit(functools.partial(xla.ragged_paged_attention, sm_scale=0.17, sliding_window=7, soft_cap=2.0, return_lse=True))
+    lowered = call.trace(*map(jnp.asarray, case.arguments)).lower(lowering_platforms=(platform,))
+    assert "stablehlo.while" in lowered.as_text()
