@@ -1,0 +1,124 @@
+"""Compiles one row and reads what the compilers say: memory, registers, spills, and whether the pages were copied."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+import shutil
+import subprocess
+import sysconfig
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+from jax.experimental import topologies
+
+from compile_targets.programs import Program, make_program
+from compile_targets.reports import Kernel, Measured, find_copies, read_ptxas
+from compile_targets.table import Row
+from compile_targets.targets import Target
+
+_TRITON_NAME = re.compile(r'custom_call_target="__gpu\$xla\.gpu\.triton".*? name = "([^"]+)"')
+
+
+def open_device(target: Target) -> Any:
+    """Returns the device that a target's programs are compiled for.
+
+    Raises:
+        Exception: The compiler plugin is missing or does not know the chip.
+    """
+    if target.platform == "tpu":
+        return topologies.get_topology_desc(platform="tpu", topology_name=target.topology).devices[0]
+    described = topologies.get_topology_desc(
+        platform="cuda", topology_name=target.name, topology=target.topology, target_config=target.description
+    )
+    return described.devices[0]
+
+
+def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) -> Measured:
+    """Compiles a row.
+
+    Args:
+        row: What.
+        target: For which chip.
+        device: Its ``open_device``.
+        captured: Returns what the process has printed since the last call; ptxas speaks there.
+
+    Raises:
+        Exception: The row does not compile.
+    """
+    captured()
+    started = time.monotonic()
+    with tempfile.TemporaryDirectory() as directory, warnings.catch_warnings(record=True) as said, _as_if_on(target):
+        warnings.simplefilter("always", RuntimeWarning)
+        program = make_program(row, device)
+        lowered = program.jitted.lower(*program.arguments)
+        options = {"xla_dump_to": directory} if row.implementation == "triton" else {}
+        compiled = lowered.compile(compiler_options=options)
+        seconds = time.monotonic() - started
+        text = compiled.as_text()
+        kernels = read_ptxas(captured())
+        if options:
+            kernels += _triton_kernels(set(_TRITON_NAME.findall(text)), Path(directory))
+    memory = compiled.memory_analysis()
+    problems = [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
+    problems += _memory_problems(program, memory) + find_copies(text, program.layer_elements)
+    if program.custom_call and program.custom_call not in text:
+        problems.append(f"no call of {program.custom_call} in the compiled program: another implementation serves it")
+    if program.custom_call and target.platform == "cuda" and not kernels:
+        problems.append("ptxas said nothing of our kernels")
+    problems += [f"{kernel.name} spills {kernel.spill_bytes} bytes" for kernel in kernels if kernel.spill_bytes]
+    return Measured(
+        seconds=seconds,
+        temp_bytes=memory.temp_size_in_bytes,
+        alias_bytes=memory.alias_size_in_bytes,
+        argument_bytes=memory.argument_size_in_bytes,
+        kernels=tuple(kernels),
+        problems=tuple(problems),
+    )
+
+
+def _memory_problems(program: Program, memory: Any) -> list[str]:
+    problems = []
+    if memory.temp_size_in_bytes > program.temp_limit:
+        problems.append(f"temp memory {memory.temp_size_in_bytes:,} bytes is more than {program.temp_limit:,}")
+    if memory.alias_size_in_bytes < program.aliased_bytes:
+        problems.append(f"{memory.alias_size_in_bytes:,} bytes are updated in place; the pages are {program.aliased_bytes:,}")
+    return problems
+
+
+def _triton_kernels(names: set[str], directory: Path) -> list[Kernel]:
+    """XLA makes the PTX; what ptxas says of it we ask ourselves, since XLA keeps it to itself."""
+    kernels = []
+    for path in sorted(directory.glob("*.ptx")):
+        text = path.read_text()
+        architecture = re.search(r"^\.target (\w+)", text, re.MULTILINE)
+        if architecture and names & set(re.findall(r"\.entry (\w+)", text)):
+            command = [_ptxas(), "-v", f"--gpu-name={architecture[1]}", str(path), "-o", str(path.with_suffix(".cubin"))]
+            said = subprocess.run(command, capture_output=True, text=True, check=True)
+            kernels += [kernel for kernel in read_ptxas(said.stdout + said.stderr) if kernel.name in names]
+    return kernels
+
+
+def _ptxas() -> str:
+    wheels = Path(sysconfig.get_paths()["purelib"]) / "nvidia"
+    found = sorted(wheels.glob("*/bin/ptxas"))
+    path = str(found[-1]) if found else shutil.which("ptxas")
+    if path is None:
+        raise FileNotFoundError("ptxas is in none of the CUDA wheels and not on PATH")
+    return path
+
+
+@contextlib.contextmanager
+def _as_if_on(target: Target) -> Iterator[None]:
+    """Names the chip to lowerings that ask for one: newer jax's Triton does."""
+    if target.platform == "tpu":
+        yield
+        return
+    device = jax.sharding.AbstractDevice(f"NVIDIA {target.name}", 132, "cuda")
+    with jax.sharding.use_abstract_mesh(jax.sharding.AbstractMesh((), (), abstract_device=device)):
+        yield

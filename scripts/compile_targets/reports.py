@@ -1,0 +1,95 @@
+"""What compilers report, read from their text: plain data and plain parsing; nothing here loads jax."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+
+_PTXAS_ENTRY = re.compile(r"Compiling entry function '([^']+)'")
+_PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
+_PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")
+_INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\()?(\w+)\[([\d,]*)\]\S* (?:.*?\) )?([\w\-]+)\(")
+_CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_COPIES = ("copy", "copy-start", "reshape", "transpose", "convert")
+_IN_PLACE = ("scatter", "dynamic-update-slice")
+
+
+@dataclasses.dataclass(frozen=True)
+class Kernel:
+    """What ptxas says of one kernel.
+
+    Attributes:
+        name: Of its entry.
+        registers: Per thread.
+        spill_bytes: Stored to and loaded from local memory for want of registers.
+    """
+
+    name: str
+    registers: int
+    spill_bytes: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Measured:
+    """What compiling a row gave.
+
+    Attributes:
+        seconds: Of lowering and compiling.
+        temp_bytes, alias_bytes, argument_bytes: As the compiler plans the device's memory.
+        kernels: Ours, on GPUs.
+        problems: Why the row is red; empty if it is green.
+    """
+
+    seconds: float
+    temp_bytes: int = 0
+    alias_bytes: int = 0
+    argument_bytes: int = 0
+    kernels: tuple[Kernel, ...] = ()
+    problems: tuple[str, ...] = ()
+
+
+def read_ptxas(text: str) -> list[Kernel]:
+    """Returns the kernels that ``ptxas -v`` reports on."""
+    kernels = []
+    for part in re.split(r"(?=Compiling entry function)", text):
+        name, registers = _PTXAS_ENTRY.search(part), _PTXAS_REGISTERS.search(part)
+        if name and registers:
+            spills = sum(int(n) for pair in _PTXAS_SPILLS.findall(part) for n in pair)
+            kernels.append(Kernel(name[1], int(registers[1]), spills))
+    return kernels
+
+
+def find_copies(text: str, elements: int) -> list[str]:
+    """Returns the operations of a compiled program that make a new array of ``elements`` numbers or more from an old one.
+
+    A scatter and a slice update write in place where the operand is donated or of no more use; whether they do shows in the scratch
+    memory. A fused operation counts unless one of these is in it.
+
+    Args:
+        text: The optimised HLO.
+        elements: Numbers in one layer's pages.
+    """
+    opcodes: dict[str, set[str]] = {}
+    large: list[tuple[str, str, str]] = []
+    computation = ""
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        found = _INSTRUCTION.match(line)
+        if not found:
+            continue
+        name, _, dimensions, opcode = found.groups()
+        opcodes.setdefault(computation, set()).add(opcode)
+        size = 1
+        for dimension in dimensions.split(","):
+            size *= int(dimension or 1)
+        if size >= elements and opcode in (*_COPIES, "fusion", "async-start"):
+            called = _CALLS.search(line)
+            large.append((computation, f"{opcode} {name} [{dimensions}]", called[1] if called else ""))
+    fused = set(_CALLS.findall(text))
+    copies = []
+    for computation, description, called in large:
+        if computation in fused or (called and opcodes.get(called, set()) & set(_IN_PLACE)):
+            continue
+        copies.append(f"the pages are copied: {description}")
+    return copies[:3]
