@@ -10,14 +10,15 @@ from typing import Any
 
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.kv_write import write_kv_pages
+from pallas_kernels.kv_write import write_kv_pages, write_quantized_kv_pages
 from pallas_kernels.paged_attention import checks
-from pallas_kernels.paged_attention.dispatch import IMPLEMENTATIONS, choose, default_implementation, resolve, sibling
+from pallas_kernels.paged_attention.dispatch import IMPLEMENTATIONS, choose, default_implementation, implementations_on, resolve, sibling
 from pallas_kernels.paged_attention.merge import merge_attention_states
 
 __all__ = [
     "IMPLEMENTATIONS",
     "default_implementation",
+    "implementations_on",
     "make_work_list",
     "merge_attention_states",
     "ragged_paged_attention",
@@ -57,7 +58,7 @@ def ragged_paged_attention(
     Args:
         q: Query tokens of all rows, flat; row s holds tokens ``cu_q_lens[s]:cu_q_lens[s + 1]``. float32, bfloat16 or float16.
         kv_pages: The pool of one layer; K of head k at ``2k`` and V at ``2k + 1`` of axis 2. float32, bfloat16, float16,
-            float8_e4m3fn or int8.
+            float8_e4m3fn or int8; or uint8 with the bits of float8_e4m3fn, uint16 with those of bfloat16 (for CPUs).
         kv_lens: int32, tokens of each sequence, the new ones included (they must be in the pages already); 0 for padding rows.
         block_tables: int32, page ids of each row in order of position; entries beyond ``kv_lens`` may be any valid id.
         cu_q_lens: int32, running sum of the rows' new tokens; padding rows repeat the total.
@@ -153,9 +154,9 @@ def ragged_paged_attention_update(
         )  # fmt: skip
         return result, kv_pages, k_scale, v_scale
     if scale_per_token:
-        raise NotImplementedError("waits for write_quantized_kv_pages")
+        kv_pages, k_scale, v_scale = write_quantized_kv_pages(kv_pages, k_scale, v_scale, kv, page_ids, offsets)
     else:
-        kv_pages = write_kv_pages(kv_pages, kv, page_ids, offsets)
+        kv_pages = write_kv_pages(kv_pages, kv, page_ids, offsets, k_scale=k_scale, v_scale=v_scale)
     result = ragged_paged_attention(
         q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, sm_scale=sm_scale, sliding_window=sliding_window,
         soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, implementation=implementation, work=work,

@@ -10,8 +10,10 @@ from typing import Any
 
 import jax.numpy as jnp
 
+from pallas_kernels.kv_write.quantize import BITS_OF
+
 Q_DTYPES = ("float32", "bfloat16", "float16")
-KV_DTYPES = (*Q_DTYPES, "float8_e4m3fn", "int8")
+KV_DTYPES = (*Q_DTYPES, "float8_e4m3fn", "int8", *BITS_OF)
 
 
 def _require(condition: bool, argument: str, value: Any, allowed: str) -> None:

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 
+from pallas_kernels.kv_write.quantize import BITS_OF
+
 IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton", "tpu")
 
 FALLS_TO = {"mosaic_gpu": "triton", "triton": "xla", "tpu": "xla"}
@@ -26,15 +28,20 @@ def sibling(implementation: str) -> types.ModuleType:
     return importlib.import_module(f"pallas_kernels.paged_attention.{implementation}")
 
 
-def default_implementation() -> str:
-    """Returns the fastest implementation for jax's default device: what ``auto`` means."""
-    device = jax.devices()[0]
+def implementations_on(device: Any) -> tuple[str, ...]:
+    """Returns the implementations that run on a device (``reference`` aside, which runs on none), the fastest first."""
     if device.platform == "tpu":
-        return "tpu"
+        return ("tpu", "xla")
     if device.platform == "gpu":
         # Mosaic GPU's wgmma is Hopper's (compute capability 9.x) alone; AMD's devices name an architecture here.
-        return "mosaic_gpu" if str(getattr(device, "compute_capability", "")).startswith("9.") else "triton"
-    return "xla"
+        hopper = str(getattr(device, "compute_capability", "")).startswith("9.")
+        return ("mosaic_gpu", "triton", "xla") if hopper else ("triton", "xla")
+    return ("xla",)
+
+
+def default_implementation() -> str:
+    """Returns the fastest implementation for jax's default device: what ``auto`` means."""
+    return implementations_on(jax.devices()[0])[0]
 
 
 def resolve(implementation: str) -> str:
@@ -65,9 +72,10 @@ def choose(implementation: str, q: Any, kv_pages: Any, **options: Any) -> types.
         ValueError: There is no such implementation.
     """
     name = resolve(implementation)
+    bits = "it reads floats, not their bits" if str(kv_pages.dtype) in BITS_OF else None
     while name in FALLS_TO:
         module = sibling(name)
-        reason = module.unsupported(q, kv_pages, **options)
+        reason = bits or module.unsupported(q, kv_pages, **options)
         if reason is None:
             return module
         warnings.warn(

@@ -7,6 +7,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from pallas_kernels.kv_write.quantize import value_dtype
+
 
 def _scale_of(scale: Any, page_ids: NDArray[Any], kv_head: int, offsets: NDArray[Any]) -> Any:
     """Returns what the stored numbers of some tokens are multiplied with: one number, or one per token ``[C, 1]``."""
@@ -37,6 +39,7 @@ def ragged_paged_attention(
     """
     q = np.asarray(q, np.float64)
     pages = np.asarray(kv_pages)
+    pages = pages.view(value_dtype(pages.dtype))
     kv_lens, block_tables, cu_q_lens = np.asarray(kv_lens), np.asarray(block_tables), np.asarray(cu_q_lens)
     page_size = pages.shape[1]
     heads_per_kv_head = q.shape[1] // (pages.shape[2] // 2)

@@ -24,7 +24,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
+
+from pallas_kernels.kv_write.quantize import from_storage
+
+Scale = float | Float[Array, ""] | Float[Array, "N K B"]
 
 QUERY_BLOCK = 128
 """Query tokens of one row that are served together."""
@@ -68,12 +72,22 @@ class _Options:
     sliding_window: int | None
     soft_cap: float | None
     sinks: Float[Array, "K G"] | None
-    k_scale: float | Float[Array, ""] | None
-    v_scale: float | Float[Array, ""] | None
+    k_scale: Scale | None
+    v_scale: Scale | None
+
+
+def _per_token(scale: Scale | None) -> bool:
+    return jnp.ndim(scale) == 3 if scale is not None else False
+
+
+def _gather_scales(scale: Float[Array, "N K B"], page_ids: Int[Array, "W n"], in_use: Bool[Array, "W C"]) -> Float[Array, "W K 1 C"]:
+    """Returns the scales of some tokens; zeros where not ``in_use``, be it NaN there."""
+    found = jnp.moveaxis(scale.at[page_ids].get(mode="clip"), 1, 2)  # [W, K, n, B]
+    return jnp.where(in_use[:, None], found.reshape(*found.shape[:2], -1), 0)[:, :, None]
 
 
 def _gather_runs(
-    kv_pages: Float[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"], *, width: int, first: int = 0
+    kv_pages: Num[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"], *, width: int, first: int = 0
 ) -> Float[Array, "W K C width"]:
     """Returns, of each head of some tokens, a run of ``width`` numbers as float32; zeros where not ``in_use``, be it NaN there.
 
@@ -88,11 +102,12 @@ def _gather_runs(
     runs_per_token = num_kv * head_dim // width
     heads = jnp.arange(first, runs_per_token, 2 * head_dim // width, dtype=jnp.int32)
     runs = kv_pages.reshape(-1, width).at[tokens[:, None] * runs_per_token + heads[:, None]].get(mode="clip")
+    runs = from_storage(runs)
     return jnp.where(in_use[:, None, :, None], runs, 0).astype(jnp.float32)
 
 
 def _fill_by_row(
-    scratch: Float[Array, "W K C 2D"], kv_pages: Float[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"]
+    scratch: Float[Array, "W K C 2D"], kv_pages: Num[Array, "N B 2K D"], tokens: Int[Array, "W C"], in_use: Bool[Array, "W C"]
 ) -> Float[Array, "W K C 2D"]:
     """Overwrites the scratch array with keys and values, one row after the other."""
 
@@ -108,7 +123,7 @@ def _attend(
     q: Float[Array, "W M H D"],
     positions: Int[Array, "W M"],
     table: Int[Array, "W P"],
-    kv_pages: Float[Array, "N B 2K D"],
+    kv_pages: Num[Array, "N B 2K D"],
     options: _Options,
     tiling: _Tiling,
     scratch: Float[Array, "W K C 2D"] | None = None,
@@ -135,16 +150,19 @@ def _attend(
     chunk = pages_per_chunk * page_size
     few = num_queries <= FEW_QUERIES
 
-    scale = options.sm_scale if options.k_scale is None else options.sm_scale * options.k_scale
+    k_scale, v_scale = options.k_scale, options.v_scale
+    scale = options.sm_scale if k_scale is None or _per_token(k_scale) else options.sm_scale * k_scale
     queries = q.astype(jnp.float32).reshape(rows, block, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4) * scale
     queries = queries.reshape(rows, num_kv_heads, num_queries, head_dim)
     if few:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
     query_positions = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [W, 1, M * G, 1]
     last = positions.max(axis=1, keepdims=True)
-    first_chunk = jnp.int32(0)
+    first_chunk, first = jnp.int32(0), None
     if options.sliding_window is not None:
-        oldest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max)) - options.sliding_window + 1
+        earliest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
+        first = earliest - options.sliding_window + 1  # [W, 1], the first position that a query of the row sees
+        oldest = jnp.min(first)
         first_chunk = jnp.maximum(oldest, 0) // chunk
 
     def visit(index: Array, state: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
@@ -153,6 +171,8 @@ def _attend(
         tokens = (ids[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(rows, chunk)
         where = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
         in_use = where <= last
+        if first is not None:
+            in_use &= where >= first  # pages before the window may be another row's by now
         if few:
             if scratch is None:
                 keys = values = _gather_runs(kv_pages, tokens, in_use, width=2 * head_dim)
@@ -164,6 +184,8 @@ def _attend(
             keys = _gather_runs(kv_pages, tokens, in_use, width=head_dim)
             values = _gather_runs(kv_pages, tokens, in_use, width=head_dim, first=1)
             scores = jnp.einsum("wkmd,wkcd->wkmc", queries, keys, precision="highest")
+        if _per_token(k_scale):
+            scores *= _gather_scales(k_scale, ids, in_use)
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
         seen = where <= query_positions
@@ -173,8 +195,11 @@ def _attend(
         new_top = jnp.maximum(top, scores.max(-1))
         weights = jnp.where(seen, jnp.exp(scores - new_top[..., None]), 0)
         decay = jnp.exp(top - new_top)
+        total = total * decay + weights.sum(-1)
+        if _per_token(v_scale):
+            weights = jnp.where(seen, weights * _gather_scales(v_scale, ids, in_use), 0)
         acc = acc * decay[..., None] + jnp.einsum("wkmc,wkcd->wkmd", weights, values, precision="highest")
-        return new_top, total * decay + weights.sum(-1), acc, scratch
+        return new_top, total, acc, scratch
 
     zero = jnp.zeros((rows, num_kv_heads, num_queries), jnp.float32)
     init = (zero + _NO_KEY, zero, jnp.zeros(queries.shape, jnp.float32), scratch)
@@ -189,8 +214,8 @@ def _attend(
     empty = total == 0
     total = jnp.where(empty, 1, total)
     out = acc / total[..., None]
-    if options.v_scale is not None:
-        out = out * options.v_scale
+    if v_scale is not None and not _per_token(v_scale):
+        out = out * v_scale
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
     def by_token(x: Array) -> Array:
@@ -202,7 +227,7 @@ def _attend(
 
 def _attend_single_token_rows(
     q: Float[Array, "T H D"],
-    kv_pages: Float[Array, "N B 2K D"],
+    kv_pages: Num[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
@@ -241,7 +266,7 @@ def _attend_single_token_rows(
 
 def _attend_other_rows(
     q: Float[Array, "T H D"],
-    kv_pages: Float[Array, "N B 2K D"],
+    kv_pages: Num[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
@@ -280,7 +305,7 @@ def _attend_other_rows(
 @functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "return_lse"))
 def ragged_paged_attention(
     q: Float[Array, "T H D"],
-    kv_pages: Float[Array, "N B 2K D"],
+    kv_pages: Num[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
@@ -290,8 +315,8 @@ def ragged_paged_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    k_scale: float | Float[Array, ""] | None = None,
-    v_scale: float | Float[Array, ""] | None = None,
+    k_scale: Scale | None = None,
+    v_scale: Scale | None = None,
     return_lse: bool = False,
     work: None = None,
 ) -> Float[Array, "T H D"] | tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
