@@ -80,6 +80,11 @@ def _per_token(scale: Scale | None) -> bool:
     return jnp.ndim(scale) == 3 if scale is not None else False
 
 
+def _whole(scale: Scale | None) -> float | Float[Array, ""]:
+    """Returns the scale that all tokens share."""
+    return 1.0 if scale is None or _per_token(scale) else scale
+
+
 def _gather_scales(scale: Float[Array, "N K B"], page_ids: Int[Array, "W n"], in_use: Bool[Array, "W C"]) -> Float[Array, "W K 1 C"]:
     """Returns the scales of some tokens; zeros where not ``in_use``, be it NaN there."""
     found = jnp.moveaxis(scale.at[page_ids].get(mode="clip"), 1, 2)  # [W, K, n, B]
@@ -102,8 +107,8 @@ def _gather_runs(
     runs_per_token = num_kv * head_dim // width
     heads = jnp.arange(first, runs_per_token, 2 * head_dim // width, dtype=jnp.int32)
     runs = kv_pages.reshape(-1, width).at[tokens[:, None] * runs_per_token + heads[:, None]].get(mode="clip")
-    runs = from_storage(runs)
-    return jnp.where(in_use[:, None, :, None], runs, 0).astype(jnp.float32)
+    runs = jnp.where(in_use[:, None, :, None], runs, 0)
+    return from_storage(runs).astype(jnp.float32)
 
 
 def _fill_by_row(
@@ -117,6 +122,15 @@ def _fill_by_row(
         return lax.dynamic_update_slice_in_dim(scratch, runs, row, 0)
 
     return lax.fori_loop(0, scratch.shape[0], fill, scratch)
+
+
+def _add_sinks(
+    top: Float[Array, "W K Q"], total: Float[Array, "W K Q"], acc: Float[Array, "W K Q D"], sinks: Float[Array, "K Q"], sees: Any
+) -> tuple[Float[Array, "W K Q"], Float[Array, "W K Q"], Float[Array, "W K Q D"]]:
+    """Adds the sinks to the sums of queries that see anything."""
+    new_top = jnp.maximum(top, sinks)
+    decay = jnp.exp(top - new_top)
+    return new_top, jnp.where(sees, total * decay + jnp.exp(sinks - new_top), 0), acc * decay[..., None]
 
 
 def _attend(
@@ -151,28 +165,25 @@ def _attend(
     few = num_queries <= FEW_QUERIES
 
     k_scale, v_scale = options.k_scale, options.v_scale
-    scale = options.sm_scale if k_scale is None or _per_token(k_scale) else options.sm_scale * k_scale
+    scale = options.sm_scale * _whole(k_scale)
     queries = q.astype(jnp.float32).reshape(rows, block, num_kv_heads, group, head_dim).transpose(0, 2, 1, 3, 4) * scale
     queries = queries.reshape(rows, num_kv_heads, num_queries, head_dim)
     if few:
         queries = jnp.pad(queries, ((0, 0), (0, 0), (0, 0), (0, head_dim)))
     query_positions = jnp.repeat(positions, group, axis=1)[:, None, :, None]  # [W, 1, M * G, 1]
     last = positions.max(axis=1, keepdims=True)
-    first_chunk, first = jnp.int32(0), None
+    first = jnp.zeros_like(last)  # [W, 1], the first position that a query of the row sees
     if options.sliding_window is not None:
         earliest = jnp.min(jnp.where(positions >= 0, positions, jnp.iinfo(jnp.int32).max), axis=1, keepdims=True)
-        first = earliest - options.sliding_window + 1  # [W, 1], the first position that a query of the row sees
-        oldest = jnp.min(first)
-        first_chunk = jnp.maximum(oldest, 0) // chunk
+        first = jnp.maximum(earliest - options.sliding_window + 1, 0)
+    first_chunk = jnp.min(first) // chunk
 
     def visit(index: Array, state: tuple[Array | None, ...]) -> tuple[Array | None, ...]:
         top, total, acc, scratch = state
         ids = lax.dynamic_slice_in_dim(table, index * pages_per_chunk, pages_per_chunk, axis=1)
         tokens = (ids[:, :, None] * page_size + jnp.arange(page_size, dtype=jnp.int32)).reshape(rows, chunk)
         where = index * chunk + jnp.arange(chunk, dtype=jnp.int32)
-        in_use = where <= last
-        if first is not None:
-            in_use &= where >= first  # pages before the window may be another row's by now
+        in_use = (where >= first) & (where <= last)  # pages before the window may be another row's by now
         if few:
             if scratch is None:
                 keys = values = _gather_runs(kv_pages, tokens, in_use, width=2 * head_dim)
@@ -207,15 +218,10 @@ def _attend(
     acc = acc[..., -head_dim:]
     if options.sinks is not None:
         sinks = jnp.tile(options.sinks, (1, block))
-        new_top = jnp.maximum(top, sinks)
-        decay = jnp.exp(top - new_top)
-        total = jnp.where(query_positions[..., 0] >= 0, total * decay + jnp.exp(sinks - new_top), 0)
-        top, acc = new_top, acc * decay[..., None]
+        top, total, acc = _add_sinks(top, total, acc, sinks, query_positions[..., 0] >= 0)
     empty = total == 0
     total = jnp.where(empty, 1, total)
-    out = acc / total[..., None]
-    if v_scale is not None and not _per_token(v_scale):
-        out = out * v_scale
+    out = acc / total[..., None] * _whole(v_scale)
     lse = jnp.where(empty, -jnp.inf, top + jnp.log(total))
 
     def by_token(x: Array) -> Array:

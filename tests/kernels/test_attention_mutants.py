@@ -20,7 +20,7 @@ MUTANTS = {
     "last token dropped": ("plain", "seen = where <= query_positions", "seen = where < query_positions"),
     "window too wide": ("window", "where > query_positions - options.sliding_window", "where >= query_positions - options.sliding_window"),
     "window too narrow": ("window", "query_positions - options.sliding_window", "query_positions - options.sliding_window + 1"),
-    "window's first chunk skipped": ("window", "jnp.maximum(oldest, 0) // chunk", "jnp.maximum(oldest, 0) // chunk + 1"),
+    "window's first chunk skipped": ("window", "jnp.min(first) // chunk", "jnp.min(first) // chunk + 1"),
     "last chunk skipped": ("plain", "jnp.max(last) // chunk + 1", "jnp.maximum(jnp.max(last) // chunk, 1)"),
     "values from the wrong half": ("plain", "acc = acc[..., -head_dim:]", "acc = acc[..., :head_dim]"),
     "keys as values": ("plain", "width=head_dim, first=1)", "width=head_dim)"),
