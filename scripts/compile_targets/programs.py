@@ -114,7 +114,7 @@ def _shapes(row: Row, target: Target, page_size: int | None = None) -> _Shapes:
         traced |= dict.fromkeys(("k_scale", "v_scale"), jax.ShapeDtypeStruct((), jnp.float32))
     static = {"sm_scale": model.head_dim**-0.5, "sliding_window": model.sliding_window, "soft_cap": model.soft_cap}
     # Queries and results in float32, the metadata, and what each split of a row's keys contributes, twice.
-    splits = 1 if model.sliding_window else -(-call.context // _SPLIT_TOKENS)
+    splits = -(-call.context // _SPLIT_TOKENS)
     partials = call.num_rows * splits * model.num_q_heads * (head_dim + 2) * 4
     limit = KERNEL_POOL_BYTES // 2 if kernel == "xla" else 32 * MIB + 4 * math.prod(q.shape) * 4 + 2 * partials
     return _Shapes(

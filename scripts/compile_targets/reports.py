@@ -34,7 +34,7 @@ class Measured:
     """What compiling a row gave.
 
     Attributes:
-        seconds: Of lowering and compiling.
+        seconds: Processor time of lowering and compiling, all threads: a busy machine changes it little.
         temp_bytes, alias_bytes, argument_bytes: As the compiler plans the device's memory.
         kernels: Ours, on GPUs.
         problems: Why the row is red; empty if it is green.

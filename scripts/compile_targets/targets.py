@@ -65,6 +65,11 @@ class Target:
     l2_bytes: int = 0
 
     @property
+    def num_cores(self) -> int:
+        """Multiprocessors of a GPU, tensor cores of a TPU's device."""
+        return 132 if self.platform == "cuda" else 1
+
+    @property
     def description(self) -> str:
         """XLA's text form of a GPU."""
         return _GPU_DESCRIPTION.format(

@@ -13,14 +13,13 @@ import json
 import os
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable
 from pathlib import Path
 
 import jax
 
-from compile_targets.measure import measure, open_device
+from compile_targets.measure import measure, open_device, processor_seconds
 from compile_targets.reports import Measured
 from compile_targets.table import Row
 from compile_targets.targets import TARGETS
@@ -38,14 +37,14 @@ def main() -> None:
         device = open_device(target)
         for line in sys.stdin:
             row = Row(**json.loads(line))
-            started = time.monotonic()
+            started = processor_seconds()
             try:
                 result = measure(row, target, device, captured)
             except Exception as error:  # whatever a compiler raises is the row's result
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 said = " ".join(str(error).split())[:_MOST_OF_A_MESSAGE]
                 problem = f"{type(error).__name__}: {said} ({Path(where.filename).name}:{where.lineno})"
-                result = Measured(time.monotonic() - started, problems=(problem,))
+                result = Measured(processor_seconds() - started, problems=(problem,))
             jax.clear_caches()
             print(json.dumps(dataclasses.asdict(result)), file=answers, flush=True)
 
