@@ -39,6 +39,7 @@ from jax import lax
 from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
+from pallas_kernels.kv_write.quantize import to_storage
 from pallas_kernels.paged_attention.tpu.kernels import CallOptions, attend_blocks, attend_single_tokens
 from pallas_kernels.paged_attention.tpu.pages import LANES, WRITE_RUN, PageShape
 
@@ -321,7 +322,7 @@ def _attend(
     scales = _page_scales(k_scale, v_scale, (num_pages, num_kv // 2, page_size))
     pages = PageShape(
         num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv // 2, head_dim=head_dim, dtype=str(kv_pages.dtype),
-        table_width=table_width, block=tiling.block, scaled=bool(scales), views=interpret in (False, True),
+        table_width=table_width, block=tiling.block, scaled=bool(scales),
     )  # fmt: skip
     options = CallOptions(
         pages=pages, group=2 * num_q_heads // num_kv, exact=q.dtype == jnp.float32 or kv_pages.dtype == jnp.float32,
@@ -432,7 +433,8 @@ def ragged_paged_attention_update(
 
     Args:
         q: Queries.
-        kv: New keys and values, K of head k at ``2k`` and V at ``2k + 1`` of axis 1; cast to the pool's dtype.
+        kv: New keys and values, K of head k at ``2k`` and V at ``2k + 1`` of axis 1; divided by scalar scales and rounded to the
+            pool's dtype; int8 for an int8 pool.
         kv_pages: The pool of the layer.
         kv_lens: Tokens of each row, new ones included.
         block_tables: Page ids of each row.
@@ -455,9 +457,13 @@ def ragged_paged_attention_update(
         What ``ragged_paged_attention`` returns, and the pool.
 
     Raises:
-        ValueError: ``unsupported`` gives a reason.
+        ValueError: ``unsupported`` gives a reason, or floats are to be written to an int8 pool.
     """
-    writes = {"kv": kv.astype(kv_pages.dtype), **_list_writes(page_ids, offsets, kv_pages.shape[0])}
+    if kv_pages.dtype != jnp.int8:
+        kv = to_storage(kv, kv_pages.dtype, *(None if _is_per_token(scale) else scale for scale in (k_scale, v_scale)))
+    elif kv.dtype != jnp.int8:
+        raise ValueError(f"kv is {kv.dtype}: must be int8 like the pool, quantised with the scales of its tokens")
+    writes = {"kv": kv, **_list_writes(page_ids, offsets, kv_pages.shape[0])}
     out, lse, written_pool = _attend(
         q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, writes, sm_scale=sm_scale, sliding_window=sliding_window,
         soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=return_lse, tiling=tiling, interpret=interpret,

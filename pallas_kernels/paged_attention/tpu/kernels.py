@@ -120,9 +120,7 @@ def _walk(
         slot_ref[0] = lax.fori_loop(first, end, visit_span, slot_ref[0])
 
 
-def _finished(
-    options: CallOptions, top: jax.Array, total: jax.Array, acc: jax.Array, sinks: jax.Array | None, v_scale: Any
-) -> tuple[jax.Array, jax.Array]:
+def _finished(top: jax.Array, total: jax.Array, acc: jax.Array, sinks: jax.Array | None, v_scale: Any) -> tuple[jax.Array, jax.Array]:
     """Returns outputs and log-sums; 0 and -inf where nothing was summed. ``top``, ``total`` and ``sinks`` repeat along the lanes."""
     some = total > 0
     if sinks is not None:
@@ -194,7 +192,7 @@ def _single_tokens_kernel(*references: Any, names: list[str], options: CallOptio
         @pl.when(block + 1 == stream.end_block(span))
         def _() -> None:
             sinks = refs.sinks[...] if options.sinks else None
-            out, lse = _finished(options, refs.top[...], refs.total[...], refs.acc[...], sinks, refs.factors[1])
+            out, lse = _finished(refs.top[...], refs.total[...], refs.acc[...], sinks, refs.factors[1])
             refs.out[place] = out.astype(refs.out.dtype)
             if options.return_lse:
                 refs.lse[place] = lse
@@ -277,9 +275,8 @@ def _blocks_kernel(*references: Any, names: list[str], options: CallOptions, que
         def finish(index: Any, carry: Any, head: int = head) -> Any:
             rows = pl.ds(pl.multiple_of(index * part, part), part)
             sinks = refs.sinks[head] if options.sinks else None
-            out, lse = _finished(
-                options, refs.top[head, rows, :], refs.total[head, rows, :], refs.acc[head, rows, :], sinks, refs.factors[1]
-            )
+            state = (ref[head, rows, :] for ref in (refs.top, refs.total, refs.acc))
+            out, lse = _finished(*state, sinks, refs.factors[1])
             refs.out[head, rows, :] = out.astype(refs.out.dtype)
             if options.return_lse:
                 refs.lse[head, rows, :] = lse
@@ -394,18 +391,29 @@ def _call(
     page_names = ["buffer", *(["k_buffer", "v_buffer"] if options.pages.scaled else []), "arrived"]
     names = [*scalars, *blocks, *in_place, *outputs, *page_names, *scratch, "slot"]
     order = [*scalars, *blocks, *in_place]
-    results = pl.pallas_call(
-        functools.partial(kernel, names=names, options=options),
-        out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs.values()],
-        grid_spec=pltpu.PrefetchScalarGridSpec(
-            num_scalar_prefetch=len(scalars),
-            grid=(grid,),
-            in_specs=[*blocks.values(), *[_ANYWHERE] * len(in_place)],
-            out_specs=[spec for _, spec in outputs.values()],
-            scratch_shapes=[*options.pages.scratch(), *scratch.values(), pltpu.SMEM((1,), jnp.int32)],
-        ),
-        input_output_aliases={order.index("pool"): list(outputs).index("written_pool")} if options.write else {},
-        interpret=interpret,
-        compiler_params=compiler_params,
-    )(*[inputs[name] for name in order])
+    aliases = {order.index("pool"): list(outputs).index("written_pool")} if options.write else {}
+
+    def call(*arrays: jax.Array, views: bool) -> list[jax.Array]:
+        pages = dataclasses.replace(options.pages, views=views)
+        return pl.pallas_call(
+            functools.partial(kernel, names=names, options=dataclasses.replace(options, pages=pages)),
+            out_shape=[jax.ShapeDtypeStruct(like.shape, like.dtype) for like, _ in outputs.values()],
+            grid_spec=pltpu.PrefetchScalarGridSpec(
+                num_scalar_prefetch=len(scalars),
+                grid=(grid,),
+                in_specs=[*blocks.values(), *[_ANYWHERE] * len(in_place)],
+                out_specs=[spec for _, spec in outputs.values()],
+                scratch_shapes=[*pages.scratch(), *scratch.values(), pltpu.SMEM((1,), jnp.int32)],
+            ),
+            input_output_aliases=aliases,
+            interpret=interpret,
+            compiler_params=compiler_params,
+        )(*arrays)
+
+    with_views, without = functools.partial(call, views=True), functools.partial(call, views=False)
+    arrays = [inputs[name] for name in order]
+    if interpret is False:  # elsewhere than on a TPU, a context manager of jax has chosen the interpreter that looks for races
+        results = lax.platform_dependent(*arrays, tpu=with_views, default=without)
+    else:
+        results = (with_views if interpret is True else without)(*arrays)
     return dict(zip(outputs, results, strict=True))

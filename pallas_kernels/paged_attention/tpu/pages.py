@@ -56,7 +56,7 @@ class PageShape:
         table_width: P.
         block: Tokens of a KV block, a multiple of B.
         scaled: Whether there are scales per token and head.
-        views: Whether to read heads through views of 32-bit words, as a TPU must; the race-detecting interpreter has no such views.
+        views: Whether to read heads through views of 32-bit words, as a TPU must. The interpreter that looks for races has no such views.
     """
 
     num_pages: int
@@ -67,7 +67,7 @@ class PageShape:
     table_width: int
     block: int
     scaled: bool
-    views: bool
+    views: bool = True
 
     @property
     def pages_per_block(self) -> int:
