@@ -169,8 +169,10 @@ SUBJECTS = {
 
 @functools.cache
 def _jitted(name: str, static: tuple[tuple[str, Any], ...]) -> Any:
-    options = {**dict(static), **({"interpret": True} if name == "triton" else {})}
-    function = importlib.import_module(f"pallas_kernels.paged_attention.{name}").ragged_paged_attention
+    module = importlib.import_module(f"pallas_kernels.paged_attention.{name}")
+    interpreted = {"triton": {"interpret": True}, "mosaic_gpu": {"tiling": getattr(module, "INTERPRETABLE", None)}}
+    options = {**dict(static), **interpreted.get(name, {})}
+    function = module.ragged_paged_attention
 
     def call(arguments: tuple[Any, ...], traced: Mapping[str, Any]) -> Any:
         return function(*arguments, **options, **traced)
