@@ -93,10 +93,6 @@ class ModelConfig:
         """Name of the dtype that matrices are stored in."""
         return self.weight_dtype or self.dtype
 
-    def kv_bytes_per_token(self, kv_dtype_bytes: int) -> int:
-        """Bytes of keys and values that one token takes in all layers."""
-        return 2 * self.num_layers * self.num_kv_heads * self.head_dim * kv_dtype_bytes
-
 
 # --------------------------------------------------------------------------------------------------------------- the engine
 
@@ -105,7 +101,9 @@ class ModelConfig:
 class CacheConfig:
     """The page pool."""
 
-    page_size: int = option(16, "tokens in a page", aliases=("block_size",), low=1, high=1024)
+    page_size: int | None = option(
+        None, "tokens in a page; default 64 on a GPU, 128 on a TPU, 16 on a CPU", aliases=("block_size",), low=1, high=1024
+    )
     num_pages: int | None = option(
         None, "pages in the pool, the null page included; default: what fits", aliases=("num_gpu_blocks_override",), low=2, high=2**31 - 1
     )
@@ -138,7 +136,9 @@ class EngineConfig:
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = option(
         "auto", "of weights and computation; auto: the checkpoint's on GPU and TPU, float32 on a CPU"
     )
-    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32"] = option("auto", "of the pages; auto: as dtype")
+    kv_cache_dtype: Literal["auto", "bfloat16", "float16", "float32", "fp8", "fp8_e4m3", "int8"] = option(
+        "auto", "of the pages; auto: as dtype; fp8 (e4m3) and int8 (with a scale per token and head) take a quarter of float32's room"
+    )
     max_model_len: int | None = option(None, "longest context in tokens (4k: 4000, 4K: 4096); default: the model's, or what fits", low=1)
     load_format: Literal["auto", "safetensors", "dummy"] = option("auto", "dummy: random weights of the model's shape")
     hf_overrides: dict[str, Any] | None = option(None, "JSON object that overrides keys of config.json")
@@ -146,7 +146,9 @@ class EngineConfig:
     generation_config: Literal["auto", "vllm"] = option("auto", "auto: default sampling values from generation_config.json; vllm: none")
     seed: int = option(0, "of dummy weights, and of the seeds of requests that bring none", low=-(2**63), high=2**63 - 1)
     max_logprobs: int = option(20, "most log-probabilities a request may ask for per position", low=0, high=20)
-    attention_backend: Literal["auto", "xla"] = option("auto", "implementation of paged attention")
+    attention_backend: Literal["auto", "xla", "mosaic_gpu", "triton", "tpu"] = option(
+        "auto", "implementation of paged attention; auto: mosaic_gpu on Hopper, triton on other GPUs, tpu on a TPU, xla on a CPU"
+    )
     compilation_cache_dir: str | None = option(
         None, "directory of compiled programs, private to you; default ~/.cache/jaxpaged/xla; empty: none"
     )

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Num
 
 from jaxpaged.config import ModelConfig
 
@@ -27,29 +27,46 @@ TOP_LOGPROBS = 20
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
-class PagePool:
-    """The fixed array of pages, one per layer; a page id names the same page in each.
+class KVPages:
+    """The pages of one layer.
 
     Attributes:
-        layers: Per layer ``[N, B, 2K, D]``; K and V interleave on the head axis (K of head k at 2k, V at 2k + 1).
+        kv: ``[N, B, 2K, D]``; K and V interleave on the head axis (K of head k at 2k, V at 2k + 1). D may be more than the model's
+            head dimension: an attention backend may want it padded.
+        k_scale, v_scale: float32 ``[N, K, B]``, what the stored numbers of a token and head are multiplied with, in int8 pages;
+            None in others.
     """
 
-    layers: tuple[Array, ...]
+    kv: Num[Array, "N B 2K D"]
+    k_scale: Float[Array, "N K B"] | None = None
+    v_scale: Float[Array, "N K B"] | None = None
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class PagePool:
+    """The fixed arrays of pages, one set per layer; a page id names the same page in each.
+
+    Attributes:
+        layers: Pages by layer.
+    """
+
+    layers: tuple[KVPages, ...]
 
     @property
     def num_pages(self) -> int:
         """N, the null page included."""
-        return self.layers[0].shape[0]
+        return self.layers[0].kv.shape[0]
 
     @property
     def page_size(self) -> int:
         """B, token positions in a page."""
-        return self.layers[0].shape[1]
+        return self.layers[0].kv.shape[1]
 
     @property
     def num_bytes(self) -> int:
-        """Bytes of all layers."""
-        return sum(layer.size * layer.dtype.itemsize for layer in self.layers)
+        """Bytes of all layers, scales included."""
+        return sum(array.size * array.dtype.itemsize for array in jax.tree.leaves(self.layers))
 
 
 class RowFlag(enum.IntFlag):
@@ -350,17 +367,26 @@ def has_flag(flags: Int[Array, " S"], flag: RowFlag) -> Bool[Array, " S"]:
     return (flags & int(flag)) != 0
 
 
-def init_pool(config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike | None = None) -> PagePool:
+def init_pool(
+    config: ModelConfig, num_pages: int, page_size: int, dtype: DTypeLike | None = None, *, head_dim: int | None = None
+) -> PagePool:
     """Returns a pool of zeros.
 
     Args:
         config: Gives the layers, K/V heads and head dimension.
         num_pages: N, the null page included.
         page_size: B, token positions in a page.
-        dtype: Of the pages; default the model's.
+        dtype: Of the pages; default the model's. int8 comes with scales.
+        head_dim: D of the pages, where it is more than the model's; ``attention.make_pool`` knows.
     """
-    shape = (num_pages, page_size, 2 * config.num_kv_heads, config.head_dim)
-    return PagePool(tuple(jnp.zeros(shape, dtype or config.dtype) for _ in range(config.num_layers)))
+    heads, dtype = config.num_kv_heads, jnp.dtype(dtype or config.dtype)
+    shape = (num_pages, page_size, 2 * heads, head_dim or config.head_dim)
+
+    def make_layer() -> KVPages:
+        scales = [jnp.zeros((num_pages, heads, page_size), jnp.float32) for _ in range(2)] if dtype == jnp.int8 else []
+        return KVPages(jnp.zeros(shape, dtype), *scales)
+
+    return PagePool(tuple(make_layer() for _ in range(config.num_layers)))
 
 
 def init_sampling_state(max_num_seqs: int, vocab_size: int) -> SamplingState:

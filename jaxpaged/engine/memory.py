@@ -69,13 +69,22 @@ def device_budget(config: CacheConfig, device: jax.Device, *, step_temp_bytes: i
 
 
 def plan_memory(
-    config: CacheConfig, budget: Budget, *, page_bytes: int, max_model_len: int, max_num_seqs: int, may_shorten: bool, keep_small: bool
+    config: CacheConfig,
+    budget: Budget,
+    *,
+    page_size: int,
+    page_bytes: int,
+    max_model_len: int,
+    max_num_seqs: int,
+    may_shorten: bool,
+    keep_small: bool,
 ) -> MemoryPlan:
     """Decides the number of pages.
 
     Args:
         config: ``num_pages`` overrides the budget.
         budget: Bytes for pages.
+        page_size: B, tokens in a page.
         page_bytes: Bytes of a page in all layers.
         max_model_len: Longest context, in tokens.
         max_num_seqs: Most sequences at once.
@@ -85,16 +94,15 @@ def plan_memory(
     Raises:
         ConfigError: Not even one context of ``max_model_len`` fits; says what is needed, what there is, and what would fit.
     """
-    size = config.page_size
-    needed = -(-max_model_len // size)
+    needed = -(-max_model_len // page_size)
     if config.num_pages is not None:
         num_pages, why, flag = config.num_pages, "--num-pages", "--num-pages"
     else:
         num_pages, why, flag = max(0, budget.num_bytes // page_bytes), budget.why, budget.flag
         if keep_small and num_pages > needed * max_num_seqs + 1:
             num_pages, why = needed * max_num_seqs + 1, f"what {max_num_seqs} requests of {max_model_len:,} tokens need"
-    fits = max(0, num_pages - 1) * size
-    if fits < max_model_len and not (may_shorten and fits >= size):
+    fits = max(0, num_pages - 1) * page_size
+    if fits < max_model_len and not (may_shorten and fits >= page_size):
         raise ConfigError(
             f"to serve one request of max_model_len {max_model_len:,} tokens, {gib((needed + 1) * page_bytes)} of pages are needed, but "
             f"{gib(max(0, num_pages) * page_bytes)} are available ({why}); the longest context that fits is {fits:,} tokens. "

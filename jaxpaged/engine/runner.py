@@ -18,12 +18,13 @@ import jax
 import numpy as np
 from jax.typing import DTypeLike
 
+from jaxpaged.attention import make_pool
 from jaxpaged.engine.batch import BatchBuilder, row_flags
 from jaxpaged.models.model import Model, Params
 from jaxpaged.sampling import set_slot, slot_rows
 from jaxpaged.scheduling.buckets import slot_bucket
 from jaxpaged.scheduling.plan import StepPlan, StepResult, TokenLogprobs, Work
-from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_pool, init_sampling_state
+from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_sampling_state
 from jaxpaged.step import forward_step
 
 logger = logging.getLogger(__name__)
@@ -100,8 +101,8 @@ class Runner:
         max_model_len: Longest context; sets the block tables' width.
         max_num_seqs: M, slots.
         token_buckets: Every T that a plan may have.
-        kv_dtype: Of the pages; default the model's.
-        attention: Implementation of paged attention.
+        kv_dtype: Of keys and values in the pages; default the model's.
+        attention: Attention backend.
 
     Attributes:
         vocab_size: V; every id that a step samples is below it.
@@ -134,6 +135,7 @@ class Runner:
         self.compile_s = 0.0
         self.cache_hits = 0
         self._kv_dtype = kv_dtype
+        self._attention = attention
         leaves, structure = jax.tree.flatten(params)
         self._leaves = tuple(leaves)  # a tuple of arrays is the cheapest argument to dispatch
         self._step = jit_flat_step(model, structure, attention)
@@ -228,7 +230,7 @@ class Runner:
         self._programs.clear()
 
     def _make_state(self) -> None:
-        self._pool = init_pool(self.model.config, self.num_pages, self.page_size, self._kv_dtype)
+        self._pool = make_pool(self.model.config, self.num_pages, self.page_size, self._kv_dtype, implementation=self._attention)
         self._sampling = init_sampling_state(self.max_num_seqs, self.model.config.vocab_size)
         self._batch = BatchBuilder(page_size=self.page_size, table_width=self.table_width, max_num_seqs=self.max_num_seqs)
 

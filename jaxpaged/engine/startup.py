@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
+from jaxpaged.attention import page_bytes, resolve_backend
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.engine import Engine
@@ -33,6 +33,10 @@ from jaxpaged.scheduling.scheduler import Scheduler
 
 _DEFAULT_SEQS = {"cpu": 64}
 _DEFAULT_TOKENS = {"cpu": 256}
+_DEFAULT_PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 128}
+_KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
+"""What vLLM's names mean."""
+
 _GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -59,9 +63,11 @@ class LoadedEngine:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Sizes:
-    """Sizes of a step, resolved for the platform."""
+class _Resolved:
+    """What the options leave to the platform: sizes of a step and of a page, and who attends."""
 
+    backend: str
+    page_size: int
     max_num_seqs: int
     max_num_batched_tokens: int
     token_buckets: tuple[int, ...]
@@ -80,23 +86,24 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     started, progress = time.monotonic(), progress or Quiet()
     cache_dir = enable_compile_cache(config.compilation_cache_dir)
     device = jax.devices()[0]
+    sizes = _resolve(config, device)
     progress.say(_headline(device))
+    progress.say(f"{'attention':9} {sizes.backend}{' (auto)' if config.attention_backend == 'auto' else ''}")
 
     directory = model_directory(config.model, config.revision, weights=config.load_format != "dummy")
     model, params = _load_weights(config, directory, progress)
     tokenizer_dir = model_directory(config.tokenizer, weights=False) if config.tokenizer else directory
     tokenizer = Tokenizer.load(tokenizer_dir, chat_template=config.chat_template)
-    sizes = _resolve_sizes(config, device.platform)
     with _explaining_lack_of_memory(device):
         plan = _plan_pool(config, model, params, sizes, device)
-        progress.say(_describe_pool(config, plan))
+        progress.say(_describe_pool(plan, sizes.page_size, _kv_dtype(config, model)))
         runner = _make_runner(config, model, params, sizes, plan)
         if config.warmup:
             _warm_up(runner, cache_dir, progress)
 
     scheduler = Scheduler(
         num_pages=plan.num_pages,
-        page_size=config.cache.page_size,
+        page_size=sizes.page_size,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_model_len=plan.max_model_len,
@@ -113,7 +120,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         max_model_len=plan.max_model_len,
         max_request_tokens=scheduler.max_request_tokens,
         num_pages=plan.num_pages,
-        page_size=config.cache.page_size,
+        page_size=sizes.page_size,
         max_num_seqs=sizes.max_num_seqs,
         max_num_batched_tokens=sizes.max_num_batched_tokens,
         max_waiting=config.scheduler.max_waiting,
@@ -124,6 +131,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         seed=config.seed,
         platform=device.platform,
         device_kind=device.device_kind,
+        attention_backend=sizes.backend,
         dtype=model.config.dtype,
         kv_dtype=_kv_dtype(config, model),
         weight_bytes=sum(array.nbytes for array in params.values()),
@@ -168,31 +176,34 @@ def _load_weights(config: EngineConfig, directory: Path, progress: Progress) -> 
     return model, params
 
 
-def _resolve_sizes(config: EngineConfig, platform_name: str) -> _Sizes:
+def _resolve(config: EngineConfig, device: jax.Device) -> _Resolved:
     asked = config.scheduler
-    tokens = asked.max_num_batched_tokens or _DEFAULT_TOKENS.get(platform_name, 2048)
-    seqs = asked.max_num_seqs or min(tokens, _DEFAULT_SEQS.get(platform_name, 256))
+    tokens = asked.max_num_batched_tokens or _DEFAULT_TOKENS.get(device.platform, 2048)
+    seqs = asked.max_num_seqs or min(tokens, _DEFAULT_SEQS.get(device.platform, 256))
     if asked.max_num_batched_tokens is None:
         tokens = max(tokens, seqs)
-    return _Sizes(seqs, tokens, token_buckets(tokens, seqs, asked.token_buckets))
+    page_size = config.cache.page_size or _DEFAULT_PAGE_SIZE.get(device.platform, 16)
+    backend = resolve_backend(config.attention_backend, device)
+    return _Resolved(backend, page_size, seqs, tokens, token_buckets(tokens, seqs, asked.token_buckets))
 
 
-def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Sizes, device: jax.Device) -> MemoryPlan:
+def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resolved, device: jax.Device) -> MemoryPlan:
     longest = model.config.max_position_embeddings
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
         raise ConfigError(f"max_model_len {max_model_len} is more than the model's max_position_embeddings, {longest}")
-    page_bytes = config.cache.page_size * model.config.kv_bytes_per_token(jnp.dtype(_kv_dtype(config, model)).itemsize)
+    size_of_page = page_bytes(model.config, sizes.page_size, _kv_dtype(config, model), implementation=sizes.backend)
     temp = 0
     if device.platform != "cpu" and config.cache.num_pages is None and config.cache.kv_cache_memory_bytes is None:
-        probe = _make_runner(config, model, params, sizes, MemoryPlan(2, page_bytes, max_model_len, ""))
+        probe = _make_runner(config, model, params, sizes, MemoryPlan(2, size_of_page, max_model_len, ""))
         temp = probe.temp_bytes(sizes.token_buckets[-1])
         probe.close()
     budget = device_budget(config.cache, device, step_temp_bytes=temp)
     return plan_memory(
         config.cache,
         budget,
-        page_bytes=page_bytes,
+        page_size=sizes.page_size,
+        page_bytes=size_of_page,
         max_model_len=max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         may_shorten=config.max_model_len is None,
@@ -216,29 +227,30 @@ def _explaining_lack_of_memory(device: jax.Device) -> Iterator[None]:
         ) from error
 
 
-def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Sizes, plan: MemoryPlan) -> Runner:
+def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Resolved, plan: MemoryPlan) -> Runner:
     return Runner(
         model,
         params,
         num_pages=plan.num_pages,
-        page_size=config.cache.page_size,
+        page_size=sizes.page_size,
         max_model_len=plan.max_model_len,
         max_num_seqs=sizes.max_num_seqs,
         token_buckets=sizes.token_buckets,
         kv_dtype=_kv_dtype(config, model),
-        attention=config.attention_backend,
+        attention=sizes.backend,
     )
 
 
 def _kv_dtype(config: EngineConfig, model: Model) -> str:
-    return model.config.dtype if config.kv_cache_dtype == "auto" else config.kv_cache_dtype
+    asked = config.kv_cache_dtype
+    return model.config.dtype if asked == "auto" else _KV_DTYPES.get(asked, asked)
 
 
-def _describe_pool(config: EngineConfig, plan: MemoryPlan) -> str:
-    size, tokens = config.cache.page_size, (plan.num_pages - 1) * config.cache.page_size
-    per_token = plan.page_bytes // size
+def _describe_pool(plan: MemoryPlan, page_size: int, dtype: str) -> str:
+    per_token, tokens = plan.page_bytes // page_size, (plan.num_pages - 1) * page_size
     return (
-        f"{'kv pages':9} {plan.num_pages:,} pages × {size} tokens × {per_token:,} B/token = {gib(plan.num_bytes)} ({plan.why})\n"
+        f"{'kv pages':9} {plan.num_pages:,} pages × {page_size} tokens × {per_token:,} B/token ({dtype}) = {gib(plan.num_bytes)} "
+        f"({plan.why})\n"
         f"{'':9} = {tokens:,} tokens → {tokens / plan.max_model_len:.1f} full-length requests of {plan.max_model_len:,}"
     )
 

@@ -61,7 +61,8 @@ class EngineInfo:
         seed: The engine's seed, from which requests without one get theirs.
         platform: ``cpu``, ``gpu`` or ``tpu``.
         device_kind: The device's name.
-        dtype, kv_dtype: Of the weights and of the pages.
+        attention_backend: Implementation of paged attention.
+        dtype, kv_dtype: Of the weights and of the keys and values in the pages.
         weight_bytes, pool_bytes: On the device.
         load_s: Seconds from start to ready.
     """
@@ -83,6 +84,7 @@ class EngineInfo:
     seed: int = 0
     platform: str = "cpu"
     device_kind: str = ""
+    attention_backend: str = "xla"
     dtype: str = "float32"
     kv_dtype: str = "float32"
     weight_bytes: int = 0

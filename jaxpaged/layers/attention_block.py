@@ -11,6 +11,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.layers.linear import Linear
 from jaxpaged.layers.norm import RMSNorm
 from jaxpaged.layers.rope import Rotation, rotate
+from jaxpaged.state import KVPages
 
 
 class AttentionBlock(nnx.Module):
@@ -32,8 +33,8 @@ class AttentionBlock(nnx.Module):
         self.window = config.window[layer]
 
     def __call__(
-        self, x: Float[Array, "T E"], pages: Float[Array, "N B 2K D"], rotation: Rotation, metadata: AttentionMetadata, *, attention: str
-    ) -> tuple[Float[Array, "T E"], Float[Array, "N B 2K D"]]:
+        self, x: Float[Array, "T E"], pages: KVPages, rotation: Rotation, metadata: AttentionMetadata, *, attention: str
+    ) -> tuple[Float[Array, "T E"], KVPages]:
         """Returns the block's output without the residual, and the layer's pages with the new keys and values in them."""
         heads, kv_heads, dim = self.num_heads, self.num_kv_heads, self.head_dim
         qkv = self.qkv(x).reshape(x.shape[0], heads + 2 * kv_heads, dim)  # [T, H + 2K, D]

@@ -18,7 +18,7 @@ from jaxpaged.layers.rope import Rotation, rotation, text_lengths
 from jaxpaged.models import hf_config
 from jaxpaged.models.family import Family, WeightTable
 from jaxpaged.models.hf_config import HFConfig
-from jaxpaged.state import PagePool, StepInputs
+from jaxpaged.state import KVPages, PagePool, StepInputs
 
 
 class DecoderLayer(nnx.Module):
@@ -32,8 +32,8 @@ class DecoderLayer(nnx.Module):
         self.mlp = GatedMLP(config.hidden_size, config.intermediate_size, bias=config.mlp_bias, **dtypes)
 
     def __call__(
-        self, x: Float[Array, "T E"], pages: Float[Array, "N B 2K D"], rotation: Rotation, metadata: AttentionMetadata, *, attention: str
-    ) -> tuple[Float[Array, "T E"], Float[Array, "N B 2K D"]]:
+        self, x: Float[Array, "T E"], pages: KVPages, rotation: Rotation, metadata: AttentionMetadata, *, attention: str
+    ) -> tuple[Float[Array, "T E"], KVPages]:
         """Returns the residual stream after this layer, and the layer's pages with the new keys and values."""
         out, pages = self.attention(self.attention_norm(x), pages, rotation, metadata, attention=attention)
         x = x + out
@@ -53,7 +53,7 @@ class Decoder(nnx.Module):
 
     def __call__(self, inputs: StepInputs, pool: PagePool, *, attention: str) -> tuple[Float[Array, "T E"], PagePool]:
         """Returns the hidden state of each token after the final norm, and the pool with the step's keys and values."""
-        metadata = attention_metadata(inputs, num_pages=pool.num_pages, page_size=pool.page_size)
+        metadata = attention_metadata(inputs, num_pages=pool.num_pages, page_size=pool.page_size, implementation=attention)
         turns = rotation(self.config, inputs.positions, text_lengths(inputs))
         x = self.embed(inputs.tokens)
         layers = []

@@ -11,8 +11,8 @@ IMPLEMENTATIONS = {"reference": reference.copy_pages, "xla": xla.copy_pages}
 
 
 def copy_pages(
-    kv_pages: Num[Array, "N *P"], src: Int[Array, " M"], dst: Int[Array, " M"], *, implementation: str = "xla"
-) -> Num[Array, "N *P"]:
+    kv_pages: Num[Array, "N ..."], src: Int[Array, " M"], dst: Int[Array, " M"], *, implementation: str = "xla"
+) -> Num[Array, "N ..."]:
     """Copies page ``src[m]`` to page ``dst[m]``. All sources are read before anything is written, so pages may move in a circle.
 
     Args:

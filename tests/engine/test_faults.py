@@ -194,7 +194,7 @@ def test_a_real_step_that_fails_is_recovered_from(small, monkeypatch):
         handle = dispatch(plan)
         if next(calls) in (2, 3, 9):
             for layer in small.runner._pool.layers:
-                layer.delete()
+                layer.kv.delete()
             raise DeviceFault("as if XLA had raised")
         return handle
 

@@ -13,16 +13,16 @@ def test_the_pool_is_updated_in_place(small):
     for bucket in BUCKETS:
         program = runner._programs[bucket]
         assert program.memory_analysis().temp_size_in_bytes < runner.pool.num_bytes / 4
-        shape = runner.pool.layers[0].shape
+        shape = runner.pool.layers[0].kv.shape
         copies = [line for line in program.as_text().splitlines() if " copy(" in line and f"[{','.join(map(str, shape))}]" in line]
         assert not copies
     run(small.engine(), [make("a", [5, 6, 7])])
-    before = [layer.unsafe_buffer_pointer() for layer in runner.pool.layers]
+    before = [layer.kv.unsafe_buffer_pointer() for layer in runner.pool.layers]
     scheduler = small.scheduler()
     scheduler.add(make("b", [5, 6, 7]))
     plan = scheduler.schedule()
     scheduler.commit(plan, runner.dispatch(plan).read())
-    assert [layer.unsafe_buffer_pointer() for layer in runner.pool.layers] == before
+    assert [layer.kv.unsafe_buffer_pointer() for layer in runner.pool.layers] == before
 
 
 def test_nothing_is_compiled_once_ready(small, monkeypatch):
@@ -79,7 +79,7 @@ def test_reset_gives_an_empty_pool_that_works(small):
     engine = small.engine()
     expected = run(engine, [make("a", range(3, 40))])
     for layer in small.runner._pool.layers:
-        layer.delete()  # what a failed step does to a donated pool
+        layer.kv.delete()  # what a failed step does to a donated pool
     with pytest.raises(RuntimeError):
         scheduler = small.scheduler()
         scheduler.add(make("a", [3]))
@@ -111,10 +111,10 @@ def test_logprobs_are_read_where_asked_and_match_the_tokens(small):
 def test_padding_steps_change_no_page(small):
     runner = small.runner
     run(small.engine(), [make("a", range(3, 30))])
-    before = [np.asarray(layer).copy() for layer in runner.pool.layers]
+    before = [np.asarray(layer.kv).copy() for layer in runner.pool.layers]
     for bucket in BUCKETS:
         inputs = runner._padding(bucket)
         assert isinstance(inputs, StepInputs)
         assert (np.asarray(runner._run(inputs).tokens) == INVALID_TOKEN).all()
     for old, layer in zip(before, runner.pool.layers, strict=True):
-        np.testing.assert_array_equal(old, np.asarray(layer))
+        np.testing.assert_array_equal(old, np.asarray(layer.kv))

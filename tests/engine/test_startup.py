@@ -1,5 +1,6 @@
 """Memory planning, the compile cache, what is printed, and what importing loads."""
 
+import dataclasses
 import io
 import json
 import logging
@@ -10,13 +11,14 @@ import sys
 import jax
 import pytest
 
-from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, SchedulerConfig, make_config
+from jaxpaged.attention import make_pool, page_bytes
+from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, make_config
 from jaxpaged.engine import compile_cache
 from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.memory import Budget, plan_memory
 from jaxpaged.engine.progress import Bars, Lines, make_progress
 from jaxpaged.engine.runner import Runner
-from jaxpaged.engine.startup import _generation_defaults, _resolve_sizes, load_engine
+from jaxpaged.engine.startup import _generation_defaults, _resolve, load_engine
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError
 
@@ -25,8 +27,9 @@ PAGE_BYTES = 1024
 
 def plan(num_bytes, *, length=100, seqs=4, config=None, may_shorten=False, keep_small=False):
     return plan_memory(
-        config or CacheConfig(page_size=16),
+        config or CacheConfig(),
         Budget(num_bytes, "the reason", "--the-flag"),
+        page_size=16,
         page_bytes=PAGE_BYTES,
         max_model_len=length,
         max_num_seqs=seqs,
@@ -74,18 +77,81 @@ def test_the_context_is_shortened_only_if_nobody_asked_for_it():
 
 
 def test_a_number_of_pages_overrides_the_budget():
-    assert plan(0, config=CacheConfig(page_size=16, num_pages=33)).num_pages == 33
+    assert plan(0, config=CacheConfig(num_pages=33)).num_pages == 33
     with pytest.raises(ConfigError, match="--num-pages"):
-        plan(10**9, config=CacheConfig(page_size=16, num_pages=3))
+        plan(10**9, config=CacheConfig(num_pages=3))
+
+
+@dataclasses.dataclass
+class Device:
+    platform: str
+    device_kind: str = ""
+    compute_capability: str | None = None
+
+
+CPU, TPU = Device("cpu", "cpu"), Device("tpu", "TPU v6 lite")
+HOPPER, ADA = Device("gpu", "NVIDIA H200", "9.0"), Device("gpu", "NVIDIA L4", "8.9")
 
 
 def test_default_sizes_by_platform():
-    assert _resolve_sizes(EngineConfig(), "cpu").max_num_seqs == 64
-    assert _resolve_sizes(EngineConfig(), "gpu").max_num_batched_tokens == 2048
-    small = _resolve_sizes(make_config(EngineConfig, {"max_num_batched_tokens": 16}), "cpu")
+    assert _resolve(EngineConfig(), CPU).max_num_seqs == 64
+    assert _resolve(EngineConfig(), HOPPER).max_num_batched_tokens == 2048
+    small = _resolve(make_config(EngineConfig, {"max_num_batched_tokens": 16}), CPU)
     assert (small.max_num_seqs, small.token_buckets[-1]) == (16, 16)
-    wide = _resolve_sizes(EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1000)), "cpu")
+    wide = _resolve(EngineConfig(scheduler=SchedulerConfig(max_num_seqs=1000)), CPU)
     assert wide.max_num_batched_tokens == 1000
+
+
+@pytest.mark.parametrize(
+    ("device", "page_size", "backend"), [(CPU, 16, "xla"), (HOPPER, 64, "mosaic_gpu"), (ADA, 64, "triton"), (TPU, 128, "tpu")]
+)
+def test_page_size_and_attention_backend_by_platform(device, page_size, backend):
+    resolved = _resolve(EngineConfig(), device)
+    assert (resolved.page_size, resolved.backend) == (page_size, backend)
+    asked = _resolve(make_config(EngineConfig, {"block_size": 32, "attention_backend": "xla"}), device)
+    assert (asked.page_size, asked.backend) == (32, "xla")
+
+
+@pytest.mark.parametrize(
+    ("device", "backend", "message"),
+    [
+        (CPU, "triton", r"--attention-backend triton cannot run on cpu:cpu; here run: auto, xla$"),
+        (ADA, "mosaic_gpu", r"cannot run on gpu:NVIDIA L4 \(compute capability 8.9\); here run: auto, triton, xla$"),
+        (HOPPER, "tpu", r"here run: auto, mosaic_gpu, triton, xla$"),
+        (TPU, "mosaic_gpu", r"--attention-backend mosaic_gpu cannot run on tpu:TPU v6 lite; here run: auto, tpu, xla$"),
+    ],
+)
+def test_a_backend_that_cannot_run_here_is_refused_with_what_can(device, backend, message):
+    with pytest.raises(ConfigError, match=message):
+        _resolve(make_config(EngineConfig, {"attention_backend": backend}), device)
+
+
+def test_an_engine_refuses_a_backend_before_it_loads_anything():
+    with pytest.raises(ConfigError, match="--attention-backend tpu cannot run on cpu"):
+        load_engine(make_config(EngineConfig, {"model": "nowhere", "attention_backend": "tpu", "compilation_cache_dir": ""}))
+
+
+@pytest.mark.parametrize(
+    ("dtype", "implementation", "bytes_per_head"),
+    [
+        ("float32", "xla", 80 * 4),
+        ("bfloat16", "xla", 80 * 2),
+        ("float8_e4m3fn", "xla", 80),
+        ("int8", "xla", 80 + 4),
+        ("bfloat16", "tpu", 128 * 2),
+        ("int8", "tpu", 128 + 4),
+    ],
+)
+def test_a_pages_bytes_count_padded_heads_and_scales(dtype, implementation, bytes_per_head):
+    config = ModelConfig(
+        architecture="LlamaForCausalLM", vocab_size=9, hidden_size=9, intermediate_size=9, num_layers=3, num_heads=4, num_kv_heads=2,
+        head_dim=80, max_position_embeddings=9,
+    )  # fmt: skip
+    size = page_bytes(config, 16, dtype, implementation=implementation)
+    assert size == 16 * 3 * 2 * 2 * bytes_per_head
+    pool = make_pool(config, 5, 16, dtype, implementation=implementation)
+    assert pool.num_bytes == 5 * size
+    assert (pool.num_pages, pool.page_size) == (5, 16)
 
 
 def test_running_out_of_device_memory_says_what_to_do(monkeypatch):
@@ -253,6 +319,7 @@ def test_the_start_up_log_says_what_was_loaded(small, caplog):
     text = "\n".join(lines)
     assert "jaxpaged " in lines[0] and "jax " in lines[0] and "cpu" in lines[0]
     assert "weights   LlamaForCausalLM" in text and "random" in text
+    assert "attention xla (auto)" in text
     assert f"kv pages  {loaded.info.num_pages:,} pages × 16 tokens" in text
     longest = loaded.info.max_model_len
     assert f"2.0 full-length requests of {longest:,}" in text

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from jaxpaged.attention import attention_metadata, paged_attention
-from jaxpaged.state import StepInputs
+from jaxpaged.state import KVPages, StepInputs
 
 PAGE_SIZE = 4
 
@@ -47,7 +47,8 @@ def test_writes_then_attends():
 
     def layer(q, k, v, pages, inputs):
         metadata = attention_metadata(inputs, num_pages=9, page_size=PAGE_SIZE)
-        return paged_attention(q, k, v, pages, metadata, sm_scale=0.25)
+        out, pages = paged_attention(q, k, v, KVPages(pages), metadata, sm_scale=0.25)
+        return out, pages.kv
 
     out, new_pages = jax.jit(layer)(q, k, v, pages, inputs)
     want = pages.copy()
@@ -66,8 +67,8 @@ def test_writes_then_attends():
 def test_unknown_implementation_is_named():
     metadata = attention_metadata(make_inputs(), num_pages=9, page_size=PAGE_SIZE)
     zeros = jnp.zeros((8, 2, 16))
-    with pytest.raises(ValueError, match="implementation='cuda': must be one of 'auto', 'xla'"):
-        paged_attention(zeros, zeros, zeros, jnp.zeros((9, PAGE_SIZE, 4, 16)), metadata, sm_scale=1.0, implementation="cuda")
+    with pytest.raises(ValueError, match="implementation='cuda': must be 'auto' or one of 'reference', 'xla'"):
+        paged_attention(zeros, zeros, zeros, KVPages(jnp.zeros((9, PAGE_SIZE, 4, 16))), metadata, sm_scale=1.0, implementation="cuda")
 
 
 @pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (32, 32), (256, 32)])

@@ -57,10 +57,10 @@ def test_jit_step_is_forward_step(loaded):
     inputs, start = make_inputs(PROMPTS), init_pool(model.config, 9, 8)
     pure = jax.jit(forward_step, static_argnums=0)
     out, pool, sampling = pure(model, params, start, inputs, init_sampling_state(SLOTS, 99))
-    assert not np.asarray(start.layers[0]).any()
+    assert not np.asarray(start.layers[0].kv).any()
     jitted, its_pool, its_sampling = run(loaded, inputs)
     np.testing.assert_array_equal(out.tokens, jitted.tokens)
-    np.testing.assert_allclose(pool.layers[0], its_pool.layers[0], atol=1e-5)
+    np.testing.assert_allclose(pool.layers[0].kv, its_pool.layers[0].kv, atol=1e-5)
     np.testing.assert_array_equal(sampling.last_tokens, its_sampling.last_tokens)
     assert out.tokens[2:].tolist() == [-1, -1]
     alone, _, none = jit_step(model, params, init_pool(model.config, 9, 8), inputs)
@@ -133,13 +133,13 @@ def test_the_pool_is_updated_in_place(loaded):
     memory = compiled.memory_analysis()
     assert memory.temp_size_in_bytes < pool.num_bytes / 4
     assert memory.alias_size_in_bytes >= pool.num_bytes
-    shape = ",".join(map(str, pool.layers[0].shape))
+    shape = ",".join(map(str, pool.layers[0].kv.shape))
     assert not re.findall(rf"= f32\[{shape}\]\S* copy\(", compiled.as_text())
     assert not re.findall(rf"f32\[{shape.replace('4096,16', '65536')}\]\S* copy\(", compiled.as_text())
-    before = pool.layers[0].unsafe_buffer_pointer()
+    before = pool.layers[0].kv.unsafe_buffer_pointer()
     _, after, _ = compiled(params, pool, make_inputs(PROMPTS), sampling)
-    assert after.layers[0].unsafe_buffer_pointer() == before
-    assert pool.layers[0].is_deleted()
+    assert after.layers[0].kv.unsafe_buffer_pointer() == before
+    assert pool.layers[0].kv.is_deleted()
     assert sampling.token_flags.is_deleted()
 
 
@@ -147,7 +147,7 @@ def test_the_step_writes_only_its_own_cells(loaded):
     before = init_pool(loaded[0].config, 9, 8)
     before = jax.tree.map(lambda layer: layer + 7, before)
     _, pool, _ = run(loaded, make_inputs(PROMPTS), jax.tree.map(jnp.copy, before))
-    changed = np.any(np.asarray(pool.layers[0]) != np.asarray(before.layers[0]), axis=(2, 3))  # [N, B]
+    changed = np.any(np.asarray(pool.layers[0].kv) != np.asarray(before.layers[0].kv), axis=(2, 3))  # [N, B]
     expected = np.zeros((9, 8), bool)
     expected[1, :1] = expected[3, :5] = True
     np.testing.assert_array_equal(changed, expected)
