@@ -10,14 +10,16 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from compile_targets.table import GIB, KERNEL_POOL_BYTES, MAX_NUM_BATCHED_TOKENS, MAX_NUM_SEQS, MIB, Row
+from compile_targets.table import GIB, KERNEL_POOL_BYTES, MAX_NUM_SEQS, MIB, Row
 from compile_targets.targets import TARGETS, Target
+from jaxpaged.attention import make_pool, page_bytes
 from jaxpaged.config import ModelConfig
 from jaxpaged.engine.runner import jit_flat_step
 from jaxpaged.models.model import Model
 from jaxpaged.scheduling.buckets import slot_bucket
-from jaxpaged.state import StepInputs, init_pool, init_sampling_state
-from pallas_kernels.kv_write import write_kv_pages
+from jaxpaged.state import StepInputs, init_sampling_state
+from pallas_kernels.kv_write import write_kv_pages, write_quantized_kv_pages
+from pallas_kernels.page_copy import copy_pages
 from pallas_kernels.paged_attention import merge_attention_states, ragged_paged_attention, ragged_paged_attention_update, storage_head_dim
 
 _CUSTOM_CALLS = {"mosaic_gpu": "mosaic_gpu", "triton": "xla.gpu.triton", "tpu": "tpu_custom_call"}
@@ -25,6 +27,12 @@ _CUSTOM_CALLS = {"mosaic_gpu": "mosaic_gpu", "triton": "xla.gpu.triton", "tpu": 
 
 _SPLIT_TOKENS = 512
 """For the bound on scratch memory alone: keys whose share of a decode's result a split-KV kernel may keep apart."""
+
+
+_COPIED_PAGES = 64
+
+_STEP_RESERVE_BYTES = 2 * GIB
+"""Left free beside weights and pages for a step's scratch memory, which may not be more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,15 +166,17 @@ def _update(row: Row, target: Target) -> Program:
 
 def _write_kv_pages(row: Row, target: Target) -> Program:
     shapes = _shapes(row, target)
-    arguments = (shapes.pages, shapes.kv, *shapes.cells)
-    limit = 4 * num_bytes(shapes.kv) + MIB
-    return Program(
-        jax.jit(write_kv_pages, donate_argnums=0), arguments, math.prod(shapes.pages.shape), num_bytes(shapes.pages), limit, None
-    )
+    donated = (shapes.pages, *shapes.scales.values())
+    jitted = jax.jit(write_quantized_kv_pages if shapes.scales else write_kv_pages, donate_argnums=range(len(donated)))
+    arguments = (*donated, shapes.kv, *shapes.cells)
+    return Program(jitted, arguments, math.prod(shapes.pages.shape), num_bytes(donated), 8 * num_bytes(shapes.kv) + MIB, None)
 
 
 def _copy_pages(row: Row, target: Target) -> Program:
-    raise NotImplementedError("copy_pages is not there yet")
+    shapes = _shapes(row, target)
+    arguments = (shapes.pages, _int32(_COPIED_PAGES), _int32(_COPIED_PAGES))
+    limit = 4 * _COPIED_PAGES * num_bytes(shapes.pages) // shapes.pages.shape[0]
+    return Program(jax.jit(copy_pages, donate_argnums=0), arguments, math.prod(shapes.pages.shape), num_bytes(shapes.pages), limit, None)
 
 
 def _merge_attention_states(row: Row, target: Target) -> Program:
@@ -185,10 +195,10 @@ def _step(row: Row, target: Target) -> Program:
     params = {name: jax.ShapeDtypeStruct(spec.shape, spec.dtype) for name, spec in model.specs.items()}
     leaves, structure = jax.tree.flatten(params)
 
-    page_bytes = target.page_size * model.config.kv_bytes_per_token(2)
+    # As the engine plans it: a share of the device's memory, less the weights and the largest step's scratch memory.
     free = int(0.9 * target.memory_bytes) - num_bytes(params) - _STEP_RESERVE_BYTES
-    num_pages = free // page_bytes
-    pool = jax.eval_shape(lambda: init_pool(model.config, num_pages, target.page_size))
+    num_pages = free // page_bytes(model.config, target.page_size, implementation=row.implementation)
+    pool = jax.eval_shape(lambda: make_pool(model.config, num_pages, target.page_size, implementation=row.implementation))
     sampling = jax.eval_shape(lambda: init_sampling_state(MAX_NUM_SEQS, shape.vocab_size))
     rows, width = slot_bucket(tokens, MAX_NUM_SEQS), -(-shape.max_position_embeddings // target.page_size)
     inputs = StepInputs.zeros(tokens, rows, width, max_num_seqs=MAX_NUM_SEQS)
@@ -200,9 +210,3 @@ def _step(row: Row, target: Target) -> Program:
         temp_limit=_STEP_RESERVE_BYTES,
         custom_call=_CUSTOM_CALLS.get(row.implementation),
     )
-
-
-_STEP_RESERVE_BYTES = 2 * GIB
-"""Left free beside weights and pages for a step's scratch memory: twice what a step of the most tokens takes in logits and activations."""
-
-assert MAX_NUM_BATCHED_TOKENS >= MAX_NUM_SEQS
