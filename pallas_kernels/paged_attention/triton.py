@@ -6,7 +6,7 @@ Three kernels, on one layout of the work:
   key/value head, and writes its maximum, sum and unnormalised output as float32. What a split is depends on the width of the block
   table alone, so a row's bits do not depend on the batch.
 - Other rows: a program serves ``query_block`` tokens of one row times the query heads of one key/value head, so that keys and values
-  are read once for all of them. Tiles that every token of the block sees take no mask.
+  are read once for all of them.
 - A last kernel sums up the splits of each single-token row, adds the sinks, and writes into the output of the one before.
 
 Which row and which part of it a program serves stands in a work list, built once a step on the device (``make_work_list``). The grid
@@ -94,15 +94,20 @@ class Tiling:
     stages: int
 
 
-# By the head dimension, rounded up to a power of two, and the bytes of what the products take in.
+# By the head dimension, rounded up to a power of two, and the bits of what the pool stores (32 where the products are of float32).
 TILINGS = {
-    (64, 2): Tiling(64, 4, 3, 4096, 128, 64, 4, 3),
-    (128, 2): Tiling(64, 4, 3, 4096, 128, 64, 8, 3),
-    (256, 2): Tiling(32, 4, 3, 4096, 64, 32, 4, 2),
-    (64, 4): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
-    (128, 4): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
-    (256, 4): Tiling(16, 4, 2, 4096, 16, 16, 4, 2),
+    (64, 16): Tiling(64, 4, 3, 4096, 128, 64, 8, 3),
+    (128, 16): Tiling(64, 4, 3, 4096, 128, 32, 8, 3),
+    (256, 16): Tiling(32, 4, 3, 4096, 64, 32, 8, 3),
+    (64, 8): Tiling(64, 4, 3, 4096, 128, 64, 8, 3),
+    (128, 8): Tiling(64, 8, 3, 4096, 128, 32, 8, 3),
+    (256, 8): Tiling(32, 8, 3, 4096, 64, 32, 8, 3),
+    (64, 32): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
+    (128, 32): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
+    (256, 32): Tiling(16, 8, 2, 4096, 16, 16, 4, 2),
 }
+"""No kernel spills registers with these when compiled for sm_80, sm_89 and sm_90, and none takes more than the 99 KiB of shared memory
+that sm_89 has."""
 
 
 class WorkList(NamedTuple):
@@ -132,9 +137,10 @@ class _Arrays(NamedTuple):
     cu_q_lens: Any
     q: Any
     kv: Any
-    scales: Any
-    k_scale: Any
-    v_scale: Any
+    k_scalar: Any
+    v_scalar: Any
+    k_scales: Any
+    v_scales: Any
     sinks: Any
 
 
@@ -259,6 +265,12 @@ def _widen(stored: Num[Array, "C D"], shape: _Shape, dtype: str) -> Num[Array, "
     return half if dtype == "float16" else half.astype(jnp.float32).astype(dtype)
 
 
+def _factor(scalar: Any, shape: _Shape) -> Any:
+    """Returns what stored numbers, as ``_widen`` returns them, are multiplied with: of all tokens, in a reference or None."""
+    factor = _FP8_FACTOR if shape.is_fp8 else 1.0
+    return factor if scalar is None else factor * scalar[0]
+
+
 def _dot(x: Num[Array, "M C"], y: Num[Array, ...], contract: int) -> Float[Array, "M _"]:
     precision = lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
     return lax.dot_general(x, y, (((1,), (contract,)), ((), ())), precision=precision, preferred_element_type=jnp.float32)
@@ -287,35 +299,32 @@ class _Program:
     low: Any  # first key that any of the queries sees
     end: Any  # the key behind the last one that any of them sees
 
-    def visit(self, index: Any, state: tuple[Any, Any, Any], *, masked: bool) -> tuple[Any, Any, Any]:
-        """Returns the maximum, sum and output with one tile of keys more; without a mask, all queries must see all of them."""
+    def visit(self, index: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
+        """Returns the maximum, sum and output with one tile of keys more."""
         top, total, acc = state
         arrays, shape = self.arrays, self.shape
         where = index * self.tile + _iota(self.tile)
-        in_use = None
-        if masked:
-            in_use = where < self.end
-            if shape.sliding_window is not None:
-                in_use &= where >= self.low
+        in_use = where < self.end
+        if shape.sliding_window is not None:
+            in_use &= where >= self.low
         pages, offsets = self._places(index, where, in_use)
         tokens = (pages * shape.page_size + offsets) * (2 * shape.num_kv_heads) + 2 * self.kv_head
         keys = _widen(self._load(tokens, in_use), shape, shape.score_dtype)
-        factor = shape.sm_scale * arrays.scales[0]
         scores = _dot(self.q, keys, 1)
-        if arrays.k_scale is not None:
-            scores = scores * self._load_scale(arrays.k_scale, pages, offsets, in_use)[None, :]
-        scores = _scores(scores, factor, shape)
-        if in_use is not None:
-            seen = in_use[None, :] & (where[None, :] <= self.positions)
-            if shape.sliding_window is not None:
-                seen &= where[None, :] > self.positions - shape.sliding_window
-            scores = jnp.where(seen, scores, -jnp.inf)
+        if arrays.k_scales is not None:
+            scores = scores * self._load_scale(arrays.k_scales, pages, offsets, in_use)[None, :]
+        scores = _scores(scores, shape.sm_scale * _factor(arrays.k_scalar, shape), shape)
+        # no position is at or behind the end, but those of queries that nobody asked for
+        seen = where[None, :] <= self.positions
+        if shape.sliding_window is not None:
+            seen &= where[None, :] > self.positions - shape.sliding_window
+        scores = jnp.where(seen, scores, -jnp.inf)
         new_top = jnp.maximum(top, jnp.max(scores, axis=1))
         weights = jnp.exp2(scores - new_top[:, None])
         decay = jnp.exp2(top - new_top)
         total = total * decay + jnp.sum(weights, axis=1)
-        if arrays.v_scale is not None:
-            weights = weights * self._load_scale(arrays.v_scale, pages, offsets, in_use)[None, :]
+        if arrays.v_scales is not None:
+            weights = weights * self._load_scale(arrays.v_scales, pages, offsets, in_use)[None, :]
         values = _widen(self._load(tokens + 1, in_use), shape, shape.value_dtype)
         acc = acc * decay[:, None] + _dot(weights.astype(shape.value_dtype), values, 0)
         return new_top, total, acc
@@ -328,23 +337,19 @@ class _Program:
             page = self.arrays.tables[first + lax.div(start, page_size)]
             return page, lax.rem(start, page_size) + _iota(self.tile)
         slots = self.arrays.tables.at[first + lax.div(where, jnp.int32(page_size))]
-        pages = pltriton.load(slots, mask=in_use, other=None if in_use is None else 0)
-        return pages, lax.rem(where, jnp.int32(page_size))
+        return pltriton.load(slots, mask=in_use, other=0), lax.rem(where, jnp.int32(page_size))
 
     def _load(self, tokens: Any, in_use: Any) -> Any:
         """Loads keys or values of a tile, with zeros where not in use: 0 times NaN would be NaN."""
         dims = _iota(self.shape.padded_dim)
-        mask = None if in_use is None else in_use[:, None]
+        mask = jnp.broadcast_to(in_use[:, None], (self.tile, self.shape.padded_dim))
         if self.shape.padded_dim != self.shape.head_dim:
-            is_dim = (dims < self.shape.head_dim)[None, :]
-            mask = is_dim if mask is None else mask & is_dim
-        if mask is not None:
-            mask = jnp.broadcast_to(mask, (self.tile, self.shape.padded_dim))
-        return pltriton.load(self.arrays.kv.at[tokens[:, None], dims[None, :]], mask=mask, other=None if mask is None else 0)
+            mask &= (dims < self.shape.head_dim)[None, :]
+        return pltriton.load(self.arrays.kv.at[tokens[:, None], dims[None, :]], mask=mask, other=0)
 
     def _load_scale(self, scale: Any, pages: Any, offsets: Any, in_use: Any) -> Any:
         slots = (pages * self.shape.num_kv_heads + self.kv_head) * self.shape.page_size + offsets
-        return pltriton.load(scale.at[slots], mask=in_use, other=None if in_use is None else 0)
+        return pltriton.load(scale.at[slots], mask=in_use, other=0.0)
 
 
 def _load_queries(q_ref: Any, rows: Any, valid: Any, shape: _Shape) -> Any:
@@ -385,14 +390,13 @@ def _single_kernel(arrays: _Arrays, top_ref: Any, total_ref: Any, acc_ref: Any, 
         row = arrays.item_rows[item]
         start = (item - arrays.first_item[row]) * shape.split
         kv_len = arrays.kv_lens[row]
-        low = 0 if shape.sliding_window is None else jnp.maximum(kv_len - shape.sliding_window, 0)
+        low = jnp.int32(0) if shape.sliding_window is None else jnp.maximum(kv_len - shape.sliding_window, 0)
         first = jnp.maximum(start, low)
         end = jnp.minimum(start + shape.split, kv_len)
         q = _load_queries(arrays.q, row * shape.num_q_heads + heads, valid, shape)
         program = _Program(arrays, shape, tile, row, kv_head, q, kv_len - 1, low, end)
-        last_tile = lax.div(end + (tile - 1), jnp.int32(tile))
-        visit = functools.partial(program.visit, masked=True)
-        top, total, acc = lax.fori_loop(lax.div(first, jnp.int32(tile)), last_tile, visit, _start(rows, shape))
+        end_tile = lax.div(end + (tile - 1), jnp.int32(tile))
+        top, total, acc = lax.fori_loop(lax.div(first, jnp.int32(tile)), end_tile, program.visit, _start(rows, shape))
         places = item * shape.num_q_heads + heads
         pltriton.store(top_ref.at[places], top, mask=valid)
         pltriton.store(total_ref.at[places], total, mask=valid)
@@ -441,23 +445,17 @@ def _other_kernel(arrays: _Arrays, out_ref: Any, lse_ref: Any, *, shape: _Shape,
         places = tokens * shape.num_q_heads + first_head + head
         before = kv_len - row_end  # a token's position, less its index; below minus that for a row without keys
         first_position = start_token + before
-        low = 0 if shape.sliding_window is None else jnp.maximum(first_position - shape.sliding_window + 1, 0)
+        low = jnp.int32(0) if shape.sliding_window is None else jnp.maximum(first_position - shape.sliding_window + 1, 0)
         end = jnp.where(is_row, jnp.maximum(end_token + before, 0), 0)
         q = _load_queries(arrays.q, places, valid, shape)
         program = _Program(arrays, shape, tile, row, kv_head, q, (tokens + before)[:, None], low, end)
 
-        state = _start(rows, shape)
-        first_tile = lax.div(low, jnp.int32(tile))
         end_tile = lax.div(end + (tile - 1), jnp.int32(tile))
-        if shape.sliding_window is None:
-            seen_by_all = jnp.minimum(lax.div(jnp.maximum(first_position + 1, 0), jnp.int32(tile)), end_tile)
-            state = lax.fori_loop(first_tile, seen_by_all, functools.partial(program.visit, masked=False), state)
-            first_tile = seen_by_all
-        top, total, acc = lax.fori_loop(first_tile, end_tile, functools.partial(program.visit, masked=True), state)
+        top, total, acc = lax.fori_loop(lax.div(low, jnp.int32(tile)), end_tile, program.visit, _start(rows, shape))
         sink = None
         if arrays.sinks is not None:
             sink = pltriton.load(arrays.sinks.at[first_head + head], mask=head < num_heads, other=0.0)
-        out, lse = _finish(top, total, acc, sink, arrays.scales[1])
+        out, lse = _finish(top, total, acc, sink, _factor(arrays.v_scalar, shape))
         _store_rows(out_ref, places, out.astype(shape.out_dtype), valid, shape.head_dim)
         pltriton.store(lse_ref.at[places], lse, mask=valid)
 
@@ -465,7 +463,7 @@ def _other_kernel(arrays: _Arrays, out_ref: Any, lse_ref: Any, *, shape: _Shape,
 def _combine_kernel(inputs: tuple[Any, ...], out_in: Any, lse_in: Any, out_ref: Any, lse_ref: Any, *, shape: _Shape) -> None:
     """Sums up the splits of one row and query head; writes where the row's token stands."""
     del out_in, lse_in  # the same memory as out_ref and lse_ref
-    top_ref, total_ref, acc_ref, first_split, kv_lens, distribution, scales, sinks = inputs
+    top_ref, total_ref, acc_ref, first_split, kv_lens, distribution, v_scalar, sinks = inputs
     head, row = pl.program_id(0), pl.program_id(1)
 
     @pl.when(row < distribution[0])
@@ -494,7 +492,7 @@ def _combine_kernel(inputs: tuple[Any, ...], out_in: Any, lse_in: Any, out_ref: 
         turns = lax.div(count - first + (_COMBINED_SPLITS - 1), jnp.int32(_COMBINED_SPLITS))
         init = (jnp.float32(_NO_KEY), jnp.float32(0), jnp.zeros(shape.padded_dim, jnp.float32))
         top, total, acc = lax.fori_loop(0, turns, add, init)
-        out, lse = _finish(top, total, acc, None if sinks is None else sinks[head], scales[1])
+        out, lse = _finish(top, total, acc, None if sinks is None else sinks[head], _factor(v_scalar, shape))
         dims = _iota(shape.padded_dim)
         place = row * shape.num_q_heads + head
         pltriton.store(out_ref.at[jnp.broadcast_to(place, dims.shape), dims], out.astype(shape.out_dtype), mask=dims < shape.head_dim)
@@ -513,19 +511,18 @@ def _product_dtypes(q_dtype: Any, kv_dtype: Any) -> tuple[str, str]:
     return str(q_dtype), "float32" if q_dtype == jnp.float32 else "bfloat16"
 
 
-def _split_scale(scale: Any) -> tuple[Float[Array, ""], Float[Array, " _"] | None]:
-    """Returns a scalar scale, or 1, and the scales of single tokens, or None."""
+def _split_scale(scale: Any) -> tuple[Float[Array, " 1"] | None, Float[Array, " _"] | None]:
+    """Returns a scale of all tokens and the scales of single tokens, of which one or both are None."""
     if scale is None:
-        return jnp.float32(1), None
-    if jnp.ndim(scale) == 0:
-        return jnp.asarray(scale, jnp.float32), None
-    return jnp.float32(1), scale.reshape(-1)
+        return None, None
+    flat = jnp.asarray(scale, jnp.float32).reshape(-1)
+    return (flat, None) if jnp.ndim(scale) == 0 else (None, flat)
 
 
 def choose_tiling(head_dim: int, q_dtype: Any, kv_dtype: Any) -> Tiling:
     """Returns the tiling for a head dimension and dtypes."""
-    size = jnp.dtype(_product_dtypes(q_dtype, kv_dtype)[0]).itemsize
-    return TILINGS[max(64, pl.next_power_of_2(head_dim)), size]
+    is_float32 = _product_dtypes(q_dtype, kv_dtype)[0] == "float32"
+    return TILINGS[max(64, pl.next_power_of_2(head_dim)), 32 if is_float32 else 8 * jnp.dtype(kv_dtype).itemsize]
 
 
 def _query_block(rows: int, heads: int) -> int:
@@ -587,11 +584,9 @@ def ragged_paged_attention(
     if work is None:
         work = make_work_list(kv_lens, cu_q_lens, distribution, num_tokens=num_tokens, page_size=page_size, table_width=table_width)
 
-    factor = _FP8_FACTOR if is_fp8 else 1.0
-    k_factor, k_scale = _split_scale(k_scale)
-    v_factor, v_scale = _split_scale(v_scale)
-    scales = jnp.stack([k_factor, v_factor]) * factor
     pool = lax.bitcast_convert_type(kv_pages, jnp.int8) if is_fp8 else kv_pages
+    k_scalar, k_scales = _split_scale(k_scale)
+    v_scalar, v_scales = _split_scale(v_scale)
     arrays = _Arrays(
         item_rows=work.split_rows,
         first_item=work.first_split,
@@ -600,9 +595,10 @@ def ragged_paged_attention(
         cu_q_lens=None,
         q=q.reshape(num_tokens * num_q_heads, head_dim),
         kv=pool.reshape(num_pages * page_size * num_kv, head_dim),
-        scales=scales,
-        k_scale=k_scale,
-        v_scale=v_scale,
+        k_scalar=k_scalar,
+        v_scalar=v_scalar,
+        k_scales=k_scales,
+        v_scales=v_scales,
         sinks=None,
     )
     head_programs = shape.num_kv_heads * shape.programs_per_kv_head
@@ -637,7 +633,7 @@ def ragged_paged_attention(
         interpret=interpret,
         name="paged_attention_splits",
     )(arrays)
-    inputs = (*partials, work.first_split, kv_lens, distribution, scales, sinks)
+    inputs = (*partials, work.first_split, kv_lens, distribution, arrays.v_scalar, sinks)
     num_inputs = len(jax.tree.leaves(inputs))
     out, lse = pl.pallas_call(
         functools.partial(_combine_kernel, shape=shape),
