@@ -71,8 +71,54 @@ def test_unknown_implementation_is_named():
         paged_attention(zeros, zeros, zeros, KVPages(jnp.zeros((9, PAGE_SIZE, 4, 16))), metadata, sm_scale=1.0, implementation="cuda")
 
 
-@pytest.mark.parametrize(("num_tokens", "num_rows"), [(1, 1), (32, 32), (256, 32)])
-def test_layers_update_the_donated_pool_in_place(num_tokens, num_rows):
+@pytest.mark.parametrize("head_dim", [16, 12])
+@pytest.mark.parametrize("dtype", ["int8", "uint8", "uint16"])
+def test_stored_in_fewer_bits_and_wider_heads_it_is_the_same_attention(dtype, head_dim):
+    """e4m3 keeps 4 bits of a number and bfloat16 8; int8 rounds to 1/254 of a head's largest."""
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(8, heads, head_dim)).astype(np.float32) for heads in (4, 2, 2))
+    inputs = make_inputs()
+    inputs.block_tables[:3] = [[1, 0, 0, 0, 0], [5, 0, 0, 0, 0], [8, 7, 0, 0, 0]]
+    inputs.positions[:5] = [0, 0, 0, 1, 2]
+    inputs.kv_lens[:3] = [1, 1, 3]
+
+    @jax.jit
+    def layer(q, k, v, pages, inputs):
+        metadata = attention_metadata(inputs, num_pages=9, page_size=PAGE_SIZE)
+        return paged_attention(q, k, v, pages, metadata, sm_scale=0.25)
+
+    zeros = jnp.zeros((2, 9, 2, PAGE_SIZE))
+    want, _ = layer(q, k, v, KVPages(jnp.zeros((9, PAGE_SIZE, 4, head_dim))), inputs)
+    out, pages = layer(q, k, v, KVPages(jnp.zeros((9, PAGE_SIZE, 4, 16), dtype), *(zeros if dtype == "int8" else ())), inputs)
+    assert out.shape == want.shape
+    error = float(jnp.sqrt(jnp.mean((out - want) ** 2) / jnp.mean(want**2)))
+    assert 1e-5 < error < {"int8": 0.01, "uint8": 0.05, "uint16": 0.005}[dtype]
+    assert not np.asarray(pages.kv)[..., head_dim:].any()
+
+
+def test_a_fault_in_int8_pages_shows_in_its_own_row():
+    rng = np.random.default_rng(0)
+    q, k, v = (rng.normal(size=(8, heads, 16)).astype(np.float32) for heads in (4, 2, 2))
+    k[1, 1, 3] = np.nan  # head 1 of the second row's token
+    inputs = make_inputs()
+
+    @jax.jit
+    def layer(q, k, v, pages, inputs):
+        metadata = attention_metadata(inputs, num_pages=9, page_size=PAGE_SIZE)
+        return paged_attention(q, k, v, pages, metadata, sm_scale=0.25)[0]
+
+    pages = KVPages(jnp.zeros((9, PAGE_SIZE, 4, 16), jnp.int8), *jnp.zeros((2, 9, 2, PAGE_SIZE)))
+    out = np.asarray(layer(q, k, v, pages, inputs))
+    assert np.isnan(out[1, 2:]).all()
+    assert np.isfinite(np.delete(out, 1, axis=0)).all()
+    assert np.isfinite(out[1, :2]).all()
+
+
+@pytest.mark.parametrize(
+    ("num_tokens", "num_rows", "dtype"),
+    [(1, 1, "float32"), (32, 32, "float32"), (256, 32, "float32"), (32, 32, "int8"), (32, 32, "uint8"), (32, 32, "uint16")],
+)
+def test_layers_update_the_donated_pool_in_place(num_tokens, num_rows, dtype):
     heads, kv_heads, head_dim, num_pages, layers = 4, 2, 64, 3000, 3
 
     def step(x, pools, inputs):
@@ -85,16 +131,18 @@ def test_layers_update_the_donated_pool_in_place(num_tokens, num_rows):
             new_pools.append(pages)
         return x, new_pools
 
-    pool = jax.ShapeDtypeStruct((num_pages, 16, 2 * kv_heads, head_dim), jnp.float32)
+    scale = jax.ShapeDtypeStruct((num_pages, kv_heads, 16), jnp.float32)
+    pages = jax.ShapeDtypeStruct((num_pages, 16, 2 * kv_heads, head_dim), dtype)
+    pool = KVPages(pages, scale, scale) if dtype == "int8" else KVPages(pages)
     inputs = StepInputs.zeros(num_tokens, num_rows, 64, max_num_seqs=num_rows)
     x = jax.ShapeDtypeStruct((num_tokens, heads * head_dim), jnp.float32)
     compiled = jax.jit(step, donate_argnums=1).lower(x, [pool] * layers, inputs).compile()
-    layer_bytes = num_pages * 16 * 2 * kv_heads * head_dim * 4
+    elements = num_pages * 16 * 2 * kv_heads * head_dim
+    layer_bytes = elements * jnp.dtype(dtype).itemsize
     memory = compiled.memory_analysis()
     assert memory.alias_size_in_bytes >= layers * layer_bytes
     assert memory.temp_size_in_bytes < layer_bytes // 4
-    elements = layer_bytes // 4
-    copies = re.findall(r"= f32\[([\d,]+)\]\S* copy\(", compiled.as_text())
+    copies = re.findall(r"= \w+\[([\d,]+)\]\S* copy\(", compiled.as_text())
     assert all(np.prod([int(n) for n in dims.split(",")]) < elements // 4 for dims in copies)
     # What every layer needs of the tables is computed once.
     assert len(re.findall(r"= \S+ sort\(", compiled.as_text())) <= 2
