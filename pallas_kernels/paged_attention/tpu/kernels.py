@@ -122,7 +122,7 @@ def _walk(
 
 def _finished(top: jax.Array, total: jax.Array, acc: jax.Array, sinks: jax.Array | None, v_scale: Any) -> tuple[jax.Array, jax.Array]:
     """Returns outputs and log-sums; 0 and -inf where nothing was summed. ``top``, ``total`` and ``sinks`` repeat along the lanes."""
-    some = total > 0
+    some = total != 0  # NaN stays NaN
     if sinks is not None:
         new_top = jnp.maximum(top, sinks)
         decay = jnp.exp(top - new_top)
