@@ -22,6 +22,9 @@ ROWS = 64
 _LANES = 64
 """Numbers of a 128-byte line of bf16 or fp16: the width of the swizzled tiles in shared memory."""
 
+_IDS_AHEAD = 2
+"""Page ids that the memory warpgroup holds in registers."""
+
 _NO_KEY = -1e30
 """Maximum of no scores; finite, so that the difference of two is not NaN."""
 
@@ -34,14 +37,18 @@ class Tiling:
         block_kv: Keys of a K/V tile in shared memory, a multiple of 64.
         stages: Tiles of K and of V in flight.
         separate_out: Whether the outputs have a buffer of their own, so that the next queries are fetched while they are stored.
-        num_ctas: Thread blocks of the persistent grid; one fits on a multiprocessor.
+        num_ctas: Thread blocks of the persistent grid, one a multiprocessor; None for a thread block per unit of work.
+        compute_registers: Registers of a thread of a compute warpgroup. Twice these and once the next may come to 504.
+        memory_registers: Registers of a thread of the memory warpgroup.
         p_smem: Whether the probabilities go through shared memory and the sums through a second accumulator, as jax's interpreter wants.
     """
 
     block_kv: int = 128
     stages: int = 2
     separate_out: bool = True
-    num_ctas: int = 132
+    num_ctas: int | None = 132
+    compute_registers: int = 224
+    memory_registers: int = 56
     p_smem: bool = False
 
 
@@ -69,7 +76,7 @@ def default_tiling(head_dim: int) -> Tiling:
         return Tiling(stages=4)
     if head_dim <= 128:
         return Tiling()
-    return Tiling(block_kv=64, separate_out=False)
+    return Tiling(block_kv=64, separate_out=False, num_ctas=None)
 
 
 def prefill_items(
@@ -175,24 +182,53 @@ class _Barriers(NamedTuple):
     q_free: Any
     k_full: Any
     v_full: Any
-    v_raw: Any
     k_free: Any
     v_free: Any
     turn: Any
 
 
 class _Unit(NamedTuple):
+    """What one thread block does at a time: one kv head's keys for a tile of two heads, or for two tiles of one head.
+
+    Attributes:
+        row: The row.
+        slot: Slot of the first tile's log-sums.
+        kv_head: The key/value head.
+        head: The first query head.
+        nominal: First token of the first tile; it may lie before the row's start.
+        start: The row's first token.
+        end: One past the row's last token.
+        kv_len: Keys of the row.
+        lower: First K/V tile.
+        upper: One past the last K/V tile.
+    """
+
     row: Any
     slot: Any
     kv_head: Any
-    base: Any
-    first: Any
+    head: Any
+    nominal: Any
+    start: Any
     end: Any
-    shift: Any
     kv_len: Any
     lower: Any
     upper: Any
+
+
+class _Tile(NamedTuple):
+    """A warpgroup's part of a unit.
+
+    Attributes:
+        base: The first token that is fetched.
+        first: The first token that is the tile's own.
+        head: The query head.
+        slot: Slot of the log-sums.
+    """
+
+    base: Any
+    first: Any
     head: Any
+    slot: Any
 
 
 def _i32(x: int) -> Any:
@@ -203,110 +239,101 @@ def _units_per_kv_head(plan: _Plan, refs: _Refs) -> Any:
     return refs.counts[0 if plan.paired_heads else 1] * _i32(plan.units_per_item)
 
 
-def _unit(plan: _Plan, refs: _Refs, index: Any, wg: Any) -> _Unit:
-    """Returns what the ``index``-th unit of the grid is, seen by warpgroup ``wg``."""
+def _unit(plan: _Plan, refs: _Refs, index: Any) -> _Unit:
+    """Returns the ``index``-th unit of the grid."""
     per_head = _units_per_kv_head(plan, refs)
     kv_head = lax.div(index, per_head)
     rest = index - kv_head * per_head
     item = lax.div(rest, _i32(plan.units_per_item))
-    group = rest - item * _i32(plan.units_per_item)
-    row, tile, slot = refs.rows[item], refs.tiles[item], refs.slots[item]
+    part = rest - item * _i32(plan.units_per_item)
+    row, number = refs.rows[item], refs.tiles[item]
     start, end = refs.cu_q_lens[row], refs.cu_q_lens[row + 1]
     kv_len = refs.kv_lens[row]
-    aligned = start - lax.rem(start, _i32(8))
-    nominal = aligned + tile * ROWS
+    nominal = start - lax.rem(start, _i32(8)) + number * ROWS
     stop = jnp.minimum(nominal + (ROWS if plan.paired_heads else 2 * ROWS), end)
-    shift = kv_len - end  # position of a token = its index + shift
-    upper = lax.div(jnp.maximum(stop + shift, 0) + (plan.tile_tokens - 1), _i32(plan.tile_tokens))
+    upper = lax.div(jnp.maximum(stop + kv_len - end, 0) + (plan.tile_tokens - 1), _i32(plan.tile_tokens))
     lower = _i32(0)
     if plan.sliding_window is not None:
-        oldest = jnp.maximum(nominal, start) + shift - (plan.sliding_window - 1)
+        oldest = jnp.maximum(nominal, start) + kv_len - end - (plan.sliding_window - 1)
         lower = lax.div(jnp.maximum(oldest, 0), _i32(plan.tile_tokens))
-    head = kv_head * plan.group
-    if plan.paired_heads:
-        head = head + 2 * group + wg
-    else:
-        head = head + group
-        nominal = nominal + wg * ROWS
-        slot = slot + wg
-    upper = jnp.maximum(upper, lower + 1)
     return _Unit(
-        row=row, slot=slot, kv_head=kv_head, base=jnp.minimum(nominal, _i32(plan.num_tokens - ROWS)), first=jnp.maximum(nominal, start),
-        end=end, shift=shift, kv_len=kv_len, lower=lower, upper=upper, head=head,
-    )  # fmt: skip
+        row=row,
+        slot=refs.slots[item],
+        kv_head=kv_head,
+        head=kv_head * plan.group + (2 * part if plan.paired_heads else part),
+        nominal=nominal,
+        start=start,
+        end=end,
+        kv_len=kv_len,
+        lower=lower,
+        upper=jnp.maximum(upper, lower + 1),  # a row without keys has a tile too, so that every unit is alike
+    )
+
+
+def _tile(plan: _Plan, unit: _Unit, wg: Any) -> _Tile:
+    """Returns the part of warpgroup ``wg``; fetching stays within the array."""
+    nominal = unit.nominal if plan.paired_heads else unit.nominal + wg * ROWS
+    return _Tile(
+        base=jnp.minimum(nominal, _i32(plan.num_tokens - ROWS)),
+        first=jnp.maximum(nominal, unit.start),
+        head=unit.head + wg if plan.paired_heads else unit.head,
+        slot=unit.slot if plan.paired_heads else unit.slot + wg,
+    )
 
 
 def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> None:
     """The memory warpgroup: fetches queries and pages."""
-    stages, copies, size = plan.tiling.stages, plan.copies, plan.copy_tokens
+    stages = plan.tiling.stages
     _clear_unused_rows(plan, smem)
 
-    def unit_body(j: Any, ring: Any) -> Any:
-        unit = _unit(plan, refs, cta + j * plan.tiling.num_ctas, _i32(0))
-        other = _unit(plan, refs, cta + j * plan.tiling.num_ctas, _i32(1))
-        last_page = lax.div(jnp.maximum(unit.kv_len - 1, 0), _i32(plan.page_size))
+    def unit_body(is_first: Any, unit: _Unit, ring: Any) -> Any:
+        @pl.when(jnp.logical_not(is_first))
+        def _() -> None:
+            plgpu.barrier_wait(bars.q_free)
 
-        def page_ids(i: Any) -> tuple[Any, ...]:
-            places = [lax.div(i * plan.tile_tokens + c * size, _i32(plan.page_size)) for c in range(copies)]
-            return tuple(refs.tables[unit.row, jnp.minimum(place, last_page)] for place in places)
+        for w in range(2):
+            tile = _tile(plan, unit, w)
+            source = refs.q.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head]
+            plgpu.copy_gmem_to_smem(source, smem.q.at[w], bars.q_full.at[w])
 
         def tile_body(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
             place = ring + i - unit.lower
             slot = lax.rem(place, _i32(stages))
-            next_ids = page_ids(i + 1)
-
-            def copy(which: int, target: Any, barrier: Any) -> None:
-                for c in range(copies):
-                    offset = lax.rem(i * plan.tile_tokens + c * size, _i32(plan.page_size))
-                    plgpu.copy_gmem_to_smem(
-                        refs.kv.at[ids[c], pl.ds(pl.multiple_of(offset, 8), size), 2 * unit.kv_head + which],
-                        target.at[slot, pl.ds(c * size, size)],
-                        barrier,
-                    )
+            next_ids = _page_ids(plan, refs, unit, i + 1)
 
             @pl.when(place >= stages)
             def _() -> None:
                 plgpu.barrier_wait(bars.k_free.at[slot])
 
-            copy(0, smem.k, bars.k_full.at[slot])
-
-            @pl.when(i == unit.lower)
-            def _() -> None:
-                @pl.when(ring > 0)
-                def _() -> None:
-                    plgpu.barrier_wait(bars.q_free)
-
-                for w, part in enumerate((unit, other)):
-                    plgpu.copy_gmem_to_smem(
-                        refs.q.at[pl.ds(pl.multiple_of(part.base, 8), ROWS), part.head], smem.q.at[w], bars.q_full.at[w]
-                    )
+            _copy_tile(plan, refs, unit, i, ids, 0, smem.k, slot, bars.k_full.at[slot])
 
             @pl.when(place >= stages)
             def _() -> None:
                 plgpu.barrier_wait(bars.v_free.at[slot])
 
-            tail = unit.kv_len - i * plan.tile_tokens
-
-            @pl.when(tail >= plan.tile_tokens)
-            def _() -> None:
-                copy(1, smem.v, bars.v_full.at[slot])
-
-            @pl.when(tail < plan.tile_tokens)
-            def _() -> None:
-                copy(1, smem.v, bars.v_raw)
-                plgpu.barrier_wait(bars.v_raw)
-                _clear_rows(plan, smem.v.at[slot], tail)
-                plgpu.commit_smem()
-                for _c in range(copies):
-                    plgpu.barrier_arrive(bars.v_full.at[slot])
-
+            full = jnp.where((i + 1) * plan.tile_tokens <= unit.kv_len, slot, _i32(stages))
+            _copy_tile(plan, refs, unit, i, ids, 1, smem.v, slot, bars.v_full.at[full])
             return next_ids
 
-        lax.fori_loop(unit.lower, unit.upper, tile_body, page_ids(unit.lower))
-        return ring + unit.upper - unit.lower
+        lax.fori_loop(unit.lower, unit.upper, tile_body, _page_ids(plan, refs, unit, unit.lower))
+        end = ring + unit.upper - unit.lower
+        left = unit.kv_len - (unit.upper - 1) * plan.tile_tokens
 
-    tiles = lax.fori_loop(0, _units_of(plan, refs, cta), unit_body, _i32(0))
+        # Only a last tile can reach beyond the row's keys. Here, and not in the loop, there are registers left for it.
+        @pl.when(left < plan.tile_tokens)
+        def _() -> None:
+            slot = lax.rem(end - 1, _i32(stages))
+            plgpu.barrier_wait(bars.v_full.at[stages])
+            _clear_rows(plan, smem.v.at[slot], left)
+            plgpu.commit_smem()
+            for _c in range(plan.copies):
+                plgpu.barrier_arrive(bars.v_full.at[slot])
 
+        return end
+
+    units, tiles = _loop_over_units(plan, refs, cta, unit_body)
+
+    # What was freed is seen before the barriers go.
     def drain(place: Any, _: Any) -> None:
         slot = lax.rem(place, _i32(stages))
         plgpu.barrier_wait(bars.k_free.at[slot])
@@ -314,15 +341,49 @@ def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> 
 
     lax.fori_loop(jnp.maximum(tiles - stages, 0), tiles, drain, None)
 
-    @pl.when(tiles > 0)
+    @pl.when(units > 0)
     def _() -> None:
         plgpu.barrier_wait(bars.q_free)
 
 
-def _units_of(plan: _Plan, refs: _Refs, cta: Any) -> Any:
-    ctas = plan.tiling.num_ctas
+def _page_id(plan: _Plan, refs: _Refs, unit: _Unit, i: Any, copy: Any) -> Any:
+    """Returns the page of a tile's ``copy``-th part; behind the row's last page, that one again, whose lines are at hand."""
+    place = lax.div(i * plan.tile_tokens + copy * plan.copy_tokens, _i32(plan.page_size))
+    last = lax.div(jnp.maximum(unit.kv_len - 1, 0), _i32(plan.page_size))
+    return refs.tables[unit.row, jnp.minimum(place, last)]
+
+
+def _page_ids(plan: _Plan, refs: _Refs, unit: _Unit, i: Any) -> tuple[Any, ...]:
+    """Reads the ids of a tile's first pages ahead of time; reading one brings its neighbours into the L1 cache."""
+    return tuple(_page_id(plan, refs, unit, i, _i32(c)) for c in range(min(plan.copies, _IDS_AHEAD)))
+
+
+def _copy_tile(
+    plan: _Plan, refs: _Refs, unit: _Unit, i: Any, ids: tuple[Any, ...], which: int, target: Any, slot: Any, barrier: Any
+) -> None:
+    """Starts the copies of a K (0) or V (1) tile, each of which arrives at ``barrier`` once."""
+    size = plan.copy_tokens
+
+    def start(c: Any, page: Any) -> None:
+        offset = lax.rem(i * plan.tile_tokens + c * size, _i32(plan.page_size))
+        source = refs.kv.at[page, pl.ds(pl.multiple_of(offset, 8), size), 2 * unit.kv_head + which]
+        plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(c * size, size)], barrier)
+
+    for c, page in enumerate(ids):
+        start(c, page)
+    if plan.copies > len(ids):
+        lax.fori_loop(len(ids), plan.copies, lambda c, _: start(c, _page_id(plan, refs, unit, i, c)), None)
+
+
+def _loop_over_units(plan: _Plan, refs: _Refs, cta: Any, body: Any) -> tuple[Any, Any]:
+    """Runs ``body(is_first, unit, tiles so far)`` for the thread block's units; returns how many there were, and their tiles."""
     units = _units_per_kv_head(plan, refs) * _i32(plan.num_kv_heads)
-    return lax.div(jnp.maximum(units - cta + (ctas - 1), 0), _i32(ctas))
+    ctas = plan.tiling.num_ctas
+    if ctas is None:
+        mine = (cta < units).astype(jnp.int32)
+        return mine, lax.cond(mine > 0, lambda: body(True, _unit(plan, refs, cta), _i32(0)), lambda: _i32(0))
+    mine = lax.div(jnp.maximum(units - cta + (ctas - 1), 0), _i32(ctas))
+    return mine, lax.fori_loop(0, mine, lambda j, ring: body(j == 0, _unit(plan, refs, cta + j * ctas), ring), _i32(0))
 
 
 def _clear_rows(plan: _Plan, tile: Any, first: Any) -> None:
@@ -362,9 +423,9 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
         plgpu.barrier_arrive(bars.turn)
         plgpu.barrier_wait(bars.turn)
 
-    def unit_body(j: Any, ring: Any) -> Any:
-        unit = _unit(plan, refs, cta + j * plan.tiling.num_ctas, wg)
-        position = unit.base + unit.shift  # of the tile's first row
+    def unit_body(_: Any, unit: _Unit, ring: Any) -> Any:
+        tile = _tile(plan, unit, wg)
+        position = tile.base + unit.kv_len - unit.end  # of the tile's first row
 
         plgpu.barrier_wait(bars.q_full.at[wg])
 
@@ -440,7 +501,7 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
 
         some = total > 0
         if refs.sinks is not None:
-            sink = rows_of(refs.sinks[unit.head] * LOG2E)
+            sink = rows_of(refs.sinks[tile.head] * LOG2E)
             new_top = jnp.maximum(top, sink)
             decay = jnp.exp2(top - new_top)
             acc = acc * lax.broadcast_in_dim(decay, (ROWS, dim), [0])
@@ -457,7 +518,7 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
         out_smem[...] = acc.astype(plan.dtype)
         lse_smem[...] = lse
         plgpu.commit_smem()
-        _store(plan, refs, unit, out_smem, line_smem, lse_smem)
+        _store(plan, refs, tile, unit.end, out_smem, line_smem, lse_smem)
         if not plan.tiling.separate_out:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
             plgpu.barrier_arrive(bars.q_free)
@@ -465,7 +526,7 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
         return ring + unit.upper - unit.lower
 
     pl.when(wg == 1)(take_turn)
-    lax.fori_loop(0, _units_of(plan, refs, cta), unit_body, _i32(0))
+    _loop_over_units(plan, refs, cta, unit_body)
     pl.when(wg == 0)(take_turn)
     plgpu.wait_smem_to_gmem(0)
 
@@ -479,30 +540,30 @@ def _capped(plan: _Plan, s: Any, scale: Any) -> tuple[Any, Any]:
     return (plan.soft_cap * LOG2E) * (1.0 - 2.0 * (root * root)), 1.0
 
 
-def _store(plan: _Plan, refs: _Refs, unit: _Unit, out_smem: Any, line_smem: Any, lse_smem: Any) -> None:
+def _store(plan: _Plan, refs: _Refs, tile: _Tile, end: Any, out_smem: Any, line_smem: Any, lse_smem: Any) -> None:
     """Stores a tile's own tokens, and no others."""
-    lo = unit.first - unit.base
-    hi = jnp.minimum(unit.end - unit.base, ROWS)
+    low = tile.first - tile.base
+    high = jnp.minimum(end - tile.base, ROWS)
 
-    @pl.when((lo == 0) & (hi == ROWS))
+    @pl.when((low == 0) & (high == ROWS))
     def _() -> None:
-        plgpu.copy_smem_to_gmem(out_smem, refs.out.at[pl.ds(pl.multiple_of(unit.base, 8), ROWS), unit.head])
+        plgpu.copy_smem_to_gmem(out_smem, refs.out.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head])
 
-    @pl.when((lo < hi) & ((lo > 0) | (hi < ROWS)))
+    @pl.when((low < high) & ((low > 0) | (high < ROWS)))
     def _() -> None:
         for c in range(0, plan.head_dim, _LANES):
             line_smem[...] = out_smem[:, pl.ds(c, _LANES)]
             plgpu.commit_smem()
 
             def row_body(r: Any, _: Any, c: int = c) -> None:
-                plgpu.copy_smem_to_gmem(line_smem.at[r], refs.out.at[unit.base + r, unit.head, pl.ds(c, _LANES)])
+                plgpu.copy_smem_to_gmem(line_smem.at[r], refs.out.at[tile.base + r, tile.head, pl.ds(c, _LANES)])
 
-            lax.fori_loop(lo, hi, row_body, None)
+            lax.fori_loop(low, high, row_body, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-    @pl.when(lo < hi)
+    @pl.when(low < high)
     def _() -> None:
-        plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[unit.head, unit.slot])
+        plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[tile.head, tile.slot])
 
 
 def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
@@ -534,8 +595,7 @@ def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
         q_full=plgpu.Barrier(num_arrivals=1, num_barriers=2),
         q_free=plgpu.Barrier(num_arrivals=2),
         k_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages),
-        v_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages),
-        v_raw=plgpu.Barrier(num_arrivals=plan.copies),
+        v_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages + 1),
         k_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         v_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         turn=plgpu.Barrier(num_arrivals=2),
@@ -548,12 +608,12 @@ def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
 
         @pl.when(wg < 2)
         def _() -> None:
-            plgpu.set_max_registers(232, action="increase")
+            plgpu.set_max_registers(tiling.compute_registers, action="increase")
             _attend(plan, named, scratch, bars, cta, wg)
 
         @pl.when(wg == 2)
         def _() -> None:
-            plgpu.set_max_registers(40, action="decrease")
+            plgpu.set_max_registers(tiling.memory_registers, action="decrease")
             _fetch(plan, named, scratch, bars, cta)
 
     pl.run_scoped(body, smem, barriers, collective_axes="wg")
@@ -606,7 +666,7 @@ def prefill_attention(
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
         ],
-        grid=(plan.tiling.num_ctas,),
+        grid=(plan.tiling.num_ctas or capacity * plan.units_per_item * plan.num_kv_heads,),
         grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
