@@ -49,7 +49,7 @@ def _sizes(tiling: Tilings, head_dim: int, itemsize: int, kv_itemsize: int) -> t
     decode = tiling.decode or decode_tiling(head_dim, itemsize, kv_itemsize)
     prefill = tiling.prefill or prefill_tiling(head_dim)
     if tiling.interpretable:
-        decode = dataclasses.replace(decode, interpretable=True, num_ctas=2)
+        decode = dataclasses.replace(decode, interpretable=True, num_ctas=2, combine_unroll=2)
         prefill = dataclasses.replace(prefill, p_smem=True, num_ctas=2)
     return decode, prefill
 
