@@ -556,7 +556,8 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, end: Any, out_smem: Any, line_
             plgpu.commit_smem()
 
             def row_body(r: Any, _: Any, c: int = c) -> None:
-                plgpu.copy_smem_to_gmem(line_smem.at[r], refs.out.at[tile.base + r, tile.head, pl.ds(c, _LANES)])
+                row = refs.out.at[pl.ds(tile.base + r, 1), tile.head, pl.ds(c, _LANES)]
+                plgpu.copy_smem_to_gmem(line_smem.at[pl.ds(r, 1)], row)
 
             lax.fori_loop(low, high, row_body, None)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
