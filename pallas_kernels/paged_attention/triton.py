@@ -116,7 +116,7 @@ class WorkList(NamedTuple):
     Attributes:
         split_rows: The row of each split of the single-token rows, in order.
         first_split: Number of splits before each row's, and in all.
-        block_rows: For each of ``QUERY_BLOCKS``, the row of each block of query tokens of the other rows, in order. Row S is the
+        block_rows: For each size of a block, the row of each block of query tokens of the other rows, in order. Row S is the
             padding behind the last row.
         first_block: For each of them, the number of blocks before each row's, and in all.
     """
@@ -181,8 +181,17 @@ class _Shape:
         return pl.cdiv(self.group, self.programs_per_kv_head)
 
     @property
+    def head_programs(self) -> int:
+        return self.num_kv_heads * self.programs_per_kv_head
+
+    @property
     def split(self) -> int:
         return split_tokens(self.page_size, self.table_width)
+
+    @property
+    def results(self) -> tuple[jax.ShapeDtypeStruct, jax.ShapeDtypeStruct]:
+        rows = self.num_tokens * self.num_q_heads
+        return jax.ShapeDtypeStruct((rows, self.head_dim), self.out_dtype), jax.ShapeDtypeStruct((rows,), jnp.float32)
 
 
 def split_tokens(page_size: int, table_width: int) -> int:
@@ -222,7 +231,7 @@ def unsupported(
 def _items(counts: Int[Array, " R"], capacity: int) -> tuple[Int[Array, " capacity"], Int[Array, " R+1"]]:
     """Returns the row of each item and the items before each row, for rows of ``counts`` items."""
     ends = jnp.cumsum(counts, dtype=jnp.int32)
-    rows = jnp.searchsorted(ends, jnp.arange(capacity, dtype=jnp.int32), side="right", method="scan_unrolled").astype(jnp.int32)
+    rows = jnp.searchsorted(ends, jnp.arange(capacity, dtype=jnp.int32), side="right", method="compare_all").astype(jnp.int32)
     return jnp.minimum(rows, counts.shape[0] - 1), jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
 
 
@@ -234,8 +243,19 @@ def make_work_list(
     num_tokens: int,
     page_size: int,
     table_width: int,
+    query_blocks: tuple[int, ...] = QUERY_BLOCKS,
 ) -> WorkList:
-    """Returns how a step's rows are cut into pieces; inside of ``jax.jit``, what no layer uses is not computed."""
+    """Returns how a step's rows are cut into pieces; inside of ``jax.jit``, what no layer uses is not computed.
+
+    Args:
+        kv_lens: As in ``ragged_paged_attention``.
+        cu_q_lens: As there.
+        distribution: As there.
+        num_tokens: T.
+        page_size: B.
+        table_width: P.
+        query_blocks: Sizes of blocks to make lists for; a list that is shared has all of them.
+    """
     num_rows = kv_lens.shape[0]
     split = split_tokens(page_size, table_width)
     index = jnp.arange(num_rows, dtype=jnp.int32)
@@ -246,7 +266,7 @@ def make_work_list(
     lengths = jnp.where(is_other, jnp.diff(cu_q_lens), 0)
     lengths = jnp.concatenate([lengths, num_tokens - cu_q_lens[-1:]])
     # every row but a full block may end in a part of one
-    blocks = [_items((lengths + size - 1) // size, num_tokens // size + min(num_rows, num_tokens) + 1) for size in QUERY_BLOCKS]
+    blocks = [_items((lengths + size - 1) // size, num_tokens // size + min(num_rows, num_tokens) + 1) for size in query_blocks]
     return WorkList(split_rows, first_split, *map(tuple, zip(*blocks, strict=True)))
 
 
@@ -581,8 +601,12 @@ def ragged_paged_attention(
         num_tokens, num_q_heads, head_dim, num_kv // 2, page_size, num_rows, table_width, str(q.dtype), score_dtype, value_dtype, is_fp8,
         float(sm_scale), sliding_window, soft_cap,
     )  # fmt: skip
+    query_block = _query_block(tiling.rows, shape.heads)
+    blocks_index = QUERY_BLOCKS.index(query_block)
     if work is None:
-        work = make_work_list(kv_lens, cu_q_lens, distribution, num_tokens=num_tokens, page_size=page_size, table_width=table_width)
+        sizes = {"num_tokens": num_tokens, "page_size": page_size, "table_width": table_width}
+        work = make_work_list(kv_lens, cu_q_lens, distribution, **sizes, query_blocks=(query_block,))
+        blocks_index = 0
 
     pool = lax.bitcast_convert_type(kv_pages, jnp.int8) if is_fp8 else kv_pages
     k_scalar, k_scales = _split_scale(k_scale)
@@ -601,48 +625,51 @@ def ragged_paged_attention(
         v_scales=v_scales,
         sinks=None,
     )
-    head_programs = shape.num_kv_heads * shape.programs_per_kv_head
+    items = {"item_rows": work.block_rows[blocks_index], "first_item": work.first_block[blocks_index]}
+    results = _attend_blocks(arrays._replace(**items, cu_q_lens=cu_q_lens, sinks=sinks), shape, tiling, query_block, interpret)
+    partials = _attend_splits(arrays, shape, tiling, interpret)
+    inputs = (*partials, work.first_split, kv_lens, distribution, v_scalar, sinks)
+    out, lse = _combine_splits(inputs, results, shape, interpret)
+    out = out.reshape(q.shape)
+    return (out, lse.reshape(num_tokens, num_q_heads)) if return_lse else out
 
-    query_block = _query_block(tiling.rows, shape.heads)
-    size_index = QUERY_BLOCKS.index(query_block)
-    block_rows = work.block_rows[size_index]
-    out_shapes = (
-        jax.ShapeDtypeStruct((num_tokens * num_q_heads, head_dim), q.dtype),
-        jax.ShapeDtypeStruct((num_tokens * num_q_heads,), jnp.float32),
-    )
-    out, lse = pl.pallas_call(
+
+def _attend_blocks(arrays: _Arrays, shape: _Shape, tiling: Tiling, query_block: int, interpret: bool) -> tuple[Array, Array]:
+    """Returns outputs ``[T * H, D]`` and log-sums of the other rows and the padding; those of single-token rows are undefined."""
+    return pl.pallas_call(
         functools.partial(_other_kernel, shape=shape, query_block=query_block, tile=tiling.tile),
-        out_shape=out_shapes,
-        grid=(head_programs, block_rows.shape[0]),
+        out_shape=shape.results,
+        grid=(shape.head_programs, arrays.item_rows.shape[0]),
         compiler_params=pltriton.CompilerParams(num_warps=tiling.warps, num_stages=tiling.stages),
         interpret=interpret,
         name="paged_attention_blocks",
-    )(arrays._replace(item_rows=block_rows, first_item=work.first_block[size_index], cu_q_lens=cu_q_lens, sinks=sinks))
+    )(arrays)
 
-    num_items = work.split_rows.shape[0]
-    programs = min(num_items, max(1, tiling.single_programs // head_programs))
-    partials = pl.pallas_call(
+
+def _attend_splits(arrays: _Arrays, shape: _Shape, tiling: Tiling, interpret: bool) -> tuple[Array, Array, Array]:
+    """Returns maximum, sum ``[W * H]`` and unnormalised output ``[W * H, D]`` of each split, undefined beyond the list's end."""
+    num_items = arrays.item_rows.shape[0]
+    programs = min(num_items, max(1, tiling.single_programs // shape.head_programs))
+    number = jax.ShapeDtypeStruct((num_items * shape.num_q_heads,), jnp.float32)
+    return pl.pallas_call(
         functools.partial(_single_kernel, shape=shape, tile=tiling.single_tile, programs=programs),
-        out_shape=(
-            jax.ShapeDtypeStruct((num_items * num_q_heads,), jnp.float32),
-            jax.ShapeDtypeStruct((num_items * num_q_heads,), jnp.float32),
-            jax.ShapeDtypeStruct((num_items * num_q_heads, shape.padded_dim), jnp.float32),
-        ),
-        grid=(head_programs, programs),
+        out_shape=(number, number, jax.ShapeDtypeStruct((*number.shape, shape.padded_dim), jnp.float32)),
+        grid=(shape.head_programs, programs),
         compiler_params=pltriton.CompilerParams(num_warps=tiling.single_warps, num_stages=tiling.single_stages),
         interpret=interpret,
         name="paged_attention_splits",
     )(arrays)
-    inputs = (*partials, work.first_split, kv_lens, distribution, arrays.v_scalar, sinks)
+
+
+def _combine_splits(inputs: tuple[Any, ...], results: tuple[Array, Array], shape: _Shape, interpret: bool) -> tuple[Array, Array]:
+    """Returns ``results`` with those of the single-token rows, in the same memory."""
     num_inputs = len(jax.tree.leaves(inputs))
-    out, lse = pl.pallas_call(
+    return pl.pallas_call(
         functools.partial(_combine_kernel, shape=shape),
-        out_shape=out_shapes,
-        grid=(num_q_heads, min(num_rows, num_tokens)),
+        out_shape=shape.results,
+        grid=(shape.num_q_heads, min(shape.num_rows, shape.num_tokens)),
         input_output_aliases={num_inputs: 0, num_inputs + 1: 1},
         compiler_params=pltriton.CompilerParams(num_warps=4, num_stages=1),
         interpret=interpret,
         name="paged_attention_combine",
-    )(inputs, out, lse)
-    out = out.reshape(q.shape)
-    return (out, lse.reshape(num_tokens, num_q_heads)) if return_lse else out
+    )(inputs, *results)
