@@ -160,7 +160,7 @@ MUTANTS = {
     "window too wide": ("item.kv_len - plan.sliding_window)\n    return", "item.kv_len - plan.sliding_window - 1)\n    return"),
     "window's first tokens skipped": ("oldest - _remainder(oldest, plan.chunk)", "oldest + plan.chunk - _remainder(oldest, plan.chunk)"),
     "splits overlap": ("end = jnp.minimum(start + plan.split, kv_len)", "end = kv_len"),
-    "keys as values": ("2 * item.head + which]", "2 * item.head]"),
+    "keys as values": ("tokens, 2 * item.head + which]", "tokens, 2 * item.head]"),
     "tail of V not cleared": ("pl.when(in_use < plan.tiling.block_kv)", "pl.when(in_use < 0)"),
     "old sums not rescaled": ("total = total * decay + p.sum(axis=1)", "total = total + p.sum(axis=1)"),
     "last split left out": ("jnp.where(split < count, x, -jnp.inf)", "jnp.where(split < count - 1, x, -jnp.inf)"),

@@ -213,26 +213,23 @@ def _slot(plan: _Plan, stream: Any, tile: Any) -> Any:
 # --- The memory warpgroup
 
 
-def _await_free(rings: tuple[_Ring, _Ring], slot: Any) -> None:
-    for ring in rings:
-        plgpu.barrier_wait(ring.free.at[slot])
-
-
 def _fetch_tile(plan: _Plan, refs: _Refs, rings: tuple[_Ring, _Ring], item: _Item, stream: int, used: Any, tile: Any) -> None:
     """Copies a tile of K and one of V; ``used`` is how many tiles the stream had before this item."""
     slot = _slot(plan, stream, used + tile)
-    pl.when(used + tile >= plan.tiling.stages)(lambda: _await_free(rings, slot))
     last_chunk = (item.kv_len - 1) - _remainder(item.kv_len - 1, plan.chunk)
+    sources = []
     for copy in range(plan.copies):
         position = jnp.minimum(item.begin + (tile * plan.tiling.block_kv + copy * plan.chunk), last_chunk)
-        page = refs.table[item.row, _divide(position, plan.page_size)]
-        offset = pl.multiple_of(_remainder(position, plan.page_size), plan.chunk)
-        there = pl.ds(copy * plan.chunk, plan.chunk)
-        for which, ring in enumerate(rings):
-            source = refs.kv.at[page, pl.ds(offset, plan.chunk), 2 * item.head + which]
-            plgpu.copy_gmem_to_smem(source, ring.tiles.at[slot, there], ring.full.at[slot])
+        page = refs.table[item.row, _divide(position, plan.page_size)]  # read before the waiting, which hides its latency
+        sources.append((page, pl.ds(pl.multiple_of(_remainder(position, plan.page_size), plan.chunk), plan.chunk)))
+    for which, ring in enumerate(rings):
+        pl.when(used + tile >= plan.tiling.stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))
+        for copy, (page, tokens) in enumerate(sources):
+            there = pl.ds(copy * plan.chunk, plan.chunk)
+            numbers = refs.kv.at[page, tokens, 2 * item.head + which]
+            plgpu.copy_gmem_to_smem(numbers, ring.tiles.at[slot, there], ring.full.at[slot])
             if refs.scales is not None:
-                scales = refs.scales[which].at[page, item.head, pl.ds(offset, plan.chunk)]
+                scales = refs.scales[which].at[page, item.head, tokens]
                 plgpu.copy_gmem_to_smem(scales, ring.scales.at[slot, there], ring.full.at[slot])
 
 
@@ -255,7 +252,8 @@ def _stream_pages(plan: _Plan, refs: _Refs, rings: tuple[_Ring, _Ring], cta: Any
     for stream in streams:
 
         def drain(tile: Any, _: None, stream: int = stream) -> None:
-            _await_free(rings, _slot(plan, stream, tile))
+            for ring in rings:
+                plgpu.barrier_wait(ring.free.at[_slot(plan, stream, tile)])
 
         lax.fori_loop(jnp.maximum(used[stream] - plan.tiling.stages, 0), used[stream], drain, None)
 
