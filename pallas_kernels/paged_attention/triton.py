@@ -43,8 +43,12 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.pallas import triton as pltriton
 from jaxtyping import Array, Float, Int, Num
+
+try:
+    from jax.experimental.pallas import triton as pltriton
+except ImportError:  # upstream announced that it will go
+    pltriton = None
 
 QUERY_BLOCKS = (2, 4, 8, 16, 32, 64, 128)
 """Query tokens of a block of other rows, of which a call uses one size: about the tiling's rows divided by the group."""
@@ -216,6 +220,8 @@ def unsupported(
 ) -> str | None:
     """Returns why a call cannot be served, for people, or None if it can."""
     del sliding_window, soft_cap, sinks, k_scale, v_scale
+    if pltriton is None:
+        return f"jax {jax.__version__} has no Pallas-Triton any more"
     head_dim = q.shape[2]
     if head_dim > 256:
         return f"head dimension {head_dim} is above 256"
@@ -413,14 +419,17 @@ def _single_kernel(arrays: _Arrays, top_ref: Any, total_ref: Any, acc_ref: Any, 
         low = jnp.int32(0) if shape.sliding_window is None else jnp.maximum(kv_len - shape.sliding_window, 0)
         first = jnp.maximum(start, low)
         end = jnp.minimum(start + shape.split, kv_len)
-        q = _load_queries(arrays.q, row * shape.num_q_heads + heads, valid, shape)
-        program = _Program(arrays, shape, tile, row, kv_head, q, kv_len - 1, low, end)
-        end_tile = lax.div(end + (tile - 1), jnp.int32(tile))
-        top, total, acc = lax.fori_loop(lax.div(first, jnp.int32(tile)), end_tile, program.visit, _start(rows, shape))
-        places = item * shape.num_q_heads + heads
-        pltriton.store(top_ref.at[places], top, mask=valid)
-        pltriton.store(total_ref.at[places], total, mask=valid)
-        _store_rows(acc_ref, places, acc, valid, shape.padded_dim)
+
+        @pl.when(first < end)  # else the split lies before the window, and nobody will ask for it
+        def _() -> None:
+            q = _load_queries(arrays.q, row * shape.num_q_heads + heads, valid, shape)
+            program = _Program(arrays, shape, tile, row, kv_head, q, kv_len - 1, low, end)
+            end_tile = lax.div(end + (tile - 1), jnp.int32(tile))
+            top, total, acc = lax.fori_loop(lax.div(first, jnp.int32(tile)), end_tile, program.visit, _start(rows, shape))
+            places = item * shape.num_q_heads + heads
+            pltriton.store(top_ref.at[places], top, mask=valid)
+            pltriton.store(total_ref.at[places], total, mask=valid)
+            _store_rows(acc_ref, places, acc, valid, shape.padded_dim)
 
     turns = lax.div(num_items - first_item + (programs - 1), jnp.int32(programs))
     lax.fori_loop(0, turns, serve, None)
