@@ -1,4 +1,58 @@
-"""Ragged prefill attention over pages for Hopper, in Mosaic GPU."""
+"""Ragged prefill attention over pages for Hopper: rows of any number of query tokens, chunks of a longer context included.
+
+Compiled for sm_90a and run under jax's interpreter on a CPU; never run on a GPU. So nothing here is tuned, and what is said of speed is
+derived, not measured.
+
+The shape is FlashAttention-3's (arXiv 2407.08608) as Pallas can write it; jax's ``attention_mgpu.py`` and tokamax's sm90 kernel showed how
+two warpgroups take turns at the tensor cores through one barrier. Both read contiguous keys of equally long rows; pages, ragged rows, and
+the hygiene that a shared pool needs are this kernel's own.
+
+**Work.** A thread block has two compute warpgroups of 64 query tokens each and a memory warpgroup that feeds them with K and V. Both see
+the same keys: of two heads of one kv head and the same 64 tokens where a kv head has an even number of query heads, else of one head and
+128 tokens in a row. Two heads are preferred since short rows then leave no warpgroup idle and both end at the same key. A *unit* is such a
+pair. Units are numbered kv head by kv head, so that those that run at one time read the same pages, from the L2 cache; within a row the
+last tile comes first, since it sees the most keys. The grid is eight thread blocks for each of 132 multiprocessors, of which one fits at a
+time: the hardware hands out the next to whoever is free, which balances a causal triangle better than a fixed share each, and a thread
+block with more than one unit fetches the next one's queries and keys while it finishes the last.
+
+**Pages.** A K/V tile is a run of positions, whatever the page size: it is filled by copies of the longest multiple of 8 tokens that divides
+a page and fits a tile, one TMA copy for each of K and V, straight from the interleaved pool. If such copies do not fill a tile of
+``block_kv`` rows (pages of 40: three in 128) the rest is masked. Positions behind the row's last page read that page again: its lines are
+at hand.
+
+**Masks.** Tiles wholly behind the last query or wholly before the window are not fetched; only tiles on an edge compute a mask. Value rows
+behind ``kv_lens`` are zeroed in shared memory by the memory warpgroup before the compute warpgroups see them, since a probability of 0
+times NaN is NaN. Masked keys may be NaN: a select drops their scores.
+
+**Ragged rows.** Swizzled TMA tiles are 8 tokens high and start at multiples of 8, so a tile starts at the multiple of 8 at or before its
+row's first token, and the last tile of the array is moved back to end with it. A tile that a row fills is stored by one copy; the tokens of
+a tile at a row's start or end are copied one by one, ``D / 64`` lines of 128 bytes each, so that no other row's tokens are touched. That is
+2 of 128 tiles of a row of 8192 tokens. Padded tiles and a gather afterwards would write, read and write all outputs: three times the bytes.
+The log-sums do go that way (4 bytes a token and head; XLA drops the gather where nobody asks for them).
+
+**Same bits in any batch.** Tiles of keys start at multiples of their size in the row's positions, each query row of a product depends on
+that row alone, and a tile without a visible key changes nothing. So a token's result does not depend on where its row lies, on its place in
+a tile, on other rows, or on how the prompt was cut into chunks.
+
+**Arithmetic.** A unit does ``4 * 128 * D`` FLOP for each key it reads of ``4 * D`` bytes: 128 FLOP a byte, as FlashAttention-3. An H100 can
+do about 300 for each byte from memory, so a kernel near its peak lives on the L2 cache: the ``G / 2`` units of a kv head and tile, and the
+tiles of a row, run side by side. A multiprocessor does 16 exponentials a clock, so at D = 128 they take half as long as the products; the
+turns hide them behind the other warpgroup's products. The soft cap costs two more such operations: tanh from exp2 and the square of a
+reciprocal root, since the hardware's tanh is off by 2^-11, too much for a cap of 50.
+
+| D | Q | K and V | outputs | lines | shared memory | accumulator, scores, probabilities in registers |
+|---|---|---|---|---|---|---|
+| 64 | 16 KiB | 4 stages x 2 x 16 KiB | 16 KiB | 16 KiB | 177 KiB | 32, 64, 32 of 224 |
+| 128 | 32 KiB | 2 stages x 2 x 32 KiB | 32 KiB | 16 KiB | 209 KiB | 64, 64, 32 of 224 |
+| 256 | 64 KiB | 2 stages x 2 x 32 KiB | in Q's | 16 KiB | 209 KiB | 128, 32, 16 of 224 |
+
+At D = 256 a loop over units would keep the addresses of its epilogue in registers and spill (8 bytes), so there each unit has its thread
+block.
+
+What jax's interpreter cannot show: that a wgmma is done before its operands are overwritten. K, V and queries are given back only after the
+accumulator was read, which waits for it. jax's own kernel refuses causal masks under CUDA 12.8.0 to 12.9.1, whose ptxas miscompiles them;
+whether this kernel is hit is not known. It was compiled with CUDA 13.
+"""
 
 from __future__ import annotations
 
@@ -33,11 +87,13 @@ _NO_KEY = -1e30
 class Tiling:
     """Static sizes of the kernel.
 
+    The result's bits depend on ``block_kv`` only.
+
     Attributes:
         block_kv: Keys of a K/V tile in shared memory, a multiple of 64.
         stages: Tiles of K and of V in flight.
         separate_out: Whether the outputs have a buffer of their own, so that the next queries are fetched while they are stored.
-        num_ctas: Thread blocks of the persistent grid, one a multiprocessor; None for a thread block per unit of work.
+        num_ctas: Thread blocks that share the units of work, each taking every ``num_ctas``-th; None for one a unit.
         compute_registers: Registers of a thread of a compute warpgroup. Twice these and once the next may come to 504.
         memory_registers: Registers of a thread of the memory warpgroup.
         p_smem: Whether the probabilities go through shared memory and the sums through a second accumulator, as jax's interpreter wants.
@@ -46,26 +102,28 @@ class Tiling:
     block_kv: int = 128
     stages: int = 2
     separate_out: bool = True
-    num_ctas: int | None = 132
+    num_ctas: int | None = 8 * 132
     compute_registers: int = 224
     memory_registers: int = 56
     p_smem: bool = False
 
 
 class PrefillItems(NamedTuple):
-    """The query tiles of a step: first each row's tiles 0, 2, 4, ..., last ones first, then 1, 3, 5, ... likewise.
+    """The query tiles of a step, each row's last tile first, since the last ones see the most keys; and the same in pairs.
 
     Attributes:
         rows: Row of each tile.
-        tiles: Number of the tile in its row.
-        slots: The row's first slot in the log-sums plus the number of the tile.
-        counts: How many there are, and how many of them are even; what lies behind them is padding.
-        first_slots: Each row's first slot.
+        tiles: Number of each tile in its row.
+        pair_rows: Row of each pair of tiles.
+        pair_tiles: Number of the first tile of each pair, an even one.
+        counts: How many tiles and pairs there are; what lies behind them is padding.
+        first_slots: Each row's first place in the kernel's log-sums.
     """
 
     rows: Int[Array, " I"]
     tiles: Int[Array, " I"]
-    slots: Int[Array, " I"]
+    pair_rows: Int[Array, " I"]
+    pair_tiles: Int[Array, " I"]
     counts: Int[Array, " 2"]
     first_slots: Int[Array, " S"]
 
@@ -87,6 +145,18 @@ def prefill_items(
     num_tokens: int,
     tiling: Tiling | None = None,
 ) -> PrefillItems:
+    """Returns the query tiles of the rows from ``first_row`` to ``end_row``: once a step, for all layers.
+
+    A tile starts at a multiple of 8 tokens, as swizzled TMA copies must, so a row's first tile may begin with up to 7 tokens of the row
+    before it. Hence a row of n tokens has at most (n + 70) / 64 tiles.
+
+    Args:
+        cu_q_lens: Running sum of the rows' tokens.
+        first_row: The first row to serve.
+        end_row: One past the last row to serve.
+        num_tokens: T, the size of the array of queries.
+        tiling: Not needed: a tile is 64 tokens in every tiling.
+    """
     del tiling
     num_rows = cu_q_lens.shape[0] - 1
     capacity = num_tokens // ROWS + num_rows + num_rows // 8 + 1
@@ -94,25 +164,23 @@ def prefill_items(
     start, end = cu_q_lens[:-1], cu_q_lens[1:]
     tiles = (end - start // 8 * 8 + ROWS - 1) // ROWS
     tiles = jnp.where((row >= first_row) & (row < end_row) & (end > start), tiles, 0)
-    first_slots = jnp.cumsum(tiles, dtype=jnp.int32) - tiles
-    item = jnp.arange(capacity, dtype=jnp.int32)
 
-    def listed(numbers: Int[Array, " S"], item: Int[Array, " I"]) -> tuple[Int[Array, " I"], Int[Array, " I"], Int[Array, ""]]:
+    def listed(numbers: Int[Array, " S"]) -> tuple[Int[Array, " I"], Int[Array, " I"], Int[Array, ""]]:
         ends = jnp.cumsum(numbers, dtype=jnp.int32)
+        item = jnp.arange(capacity, dtype=jnp.int32)
         rows = jnp.searchsorted(ends, item, side="right", method="compare_all").astype(jnp.int32)
-        rows = jnp.clip(rows, 0, num_rows - 1)
+        rows = jnp.minimum(rows, num_rows - 1)
         return rows, jnp.maximum(ends[rows] - 1 - item, 0), ends[-1]
 
-    even_rows, even, num_even = listed((tiles + 1) // 2, item)
-    odd_rows, odd, num_odd = listed(tiles // 2, item - num_even)
-    rows = jnp.where(item < num_even, even_rows, odd_rows)
-    number = jnp.where(item < num_even, 2 * even, 2 * odd + 1)
-    return PrefillItems(rows, number, first_slots[rows] + number, jnp.stack([num_even + num_odd, num_even]), first_slots)
+    rows, numbers, num_tiles = listed(tiles)
+    pair_rows, pairs, num_pairs = listed((tiles + 1) // 2)
+    first_slots = jnp.cumsum(tiles, dtype=jnp.int32) - tiles
+    return PrefillItems(rows, numbers, pair_rows, 2 * pairs, jnp.stack([num_tiles, num_pairs]), first_slots)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Plan:
-    """What is known when the kernel is built."""
+    """What is known when the kernel is built, and what follows from it."""
 
     num_tokens: int
     num_heads: int
@@ -127,31 +195,39 @@ class _Plan:
 
     @property
     def group(self) -> int:
+        """Query heads of a kv head."""
         return self.num_heads // self.num_kv_heads
 
     @property
     def paired_heads(self) -> bool:
+        """Whether a unit is two heads of one tile, not one head of two tiles."""
         return self.group % 2 == 0
 
     @property
     def units_per_item(self) -> int:
+        """Units of a tile, or pair of tiles, and kv head."""
         return self.group // 2 if self.paired_heads else self.group
 
     @property
     def copy_tokens(self) -> int:
+        """Tokens of one TMA copy."""
         fits = [n for n in range(8, min(self.page_size, self.tiling.block_kv) + 1, 8) if self.page_size % n == 0]
         return max(fits)
 
     @property
     def copies(self) -> int:
+        """Copies of a K/V tile."""
         return self.tiling.block_kv // self.copy_tokens
 
     @property
     def tile_tokens(self) -> int:
+        """Positions of a K/V tile: at most ``block_kv``."""
         return self.copies * self.copy_tokens
 
 
 class _Refs(NamedTuple):
+    """The arrays in global memory; ``rows`` and ``tiles`` are those of single tiles or of pairs."""
+
     q: Any
     kv: Any
     kv_lens: Any
@@ -159,8 +235,8 @@ class _Refs(NamedTuple):
     cu_q_lens: Any
     rows: Any
     tiles: Any
-    slots: Any
     counts: Any
+    first_slots: Any
     sinks: Any
     scales: Any
     out: Any
@@ -168,6 +244,8 @@ class _Refs(NamedTuple):
 
 
 class _Smem(NamedTuple):
+    """Buffers in shared memory; q, out, line, lse and p have one part for each compute warpgroup, k and v one for each stage."""
+
     q: Any
     k: Any
     v: Any
@@ -178,6 +256,18 @@ class _Smem(NamedTuple):
 
 
 class _Barriers(NamedTuple):
+    """Who waits for whom.
+
+    Attributes:
+        q_full: Queries have come; one for each compute warpgroup.
+        q_free: Both compute warpgroups are done with their queries.
+        k_full: A stage's keys have come.
+        v_full: A stage's values have come and are clean; the last one is for values that the memory warpgroup has yet to clean.
+        k_free: Both compute warpgroups are done with a stage's keys.
+        v_free: The same for its values.
+        turn: The compute warpgroups' turns at the tensor cores.
+    """
+
     q_full: Any
     q_free: Any
     k_full: Any
@@ -232,6 +322,7 @@ class _Tile(NamedTuple):
 
 
 def _i32(x: int) -> Any:
+    """Returns a typed constant: ``lax`` does not promote."""
     return jnp.int32(x)
 
 
@@ -258,7 +349,7 @@ def _unit(plan: _Plan, refs: _Refs, index: Any) -> _Unit:
         lower = lax.div(jnp.maximum(oldest, 0), _i32(plan.tile_tokens))
     return _Unit(
         row=row,
-        slot=refs.slots[item],
+        slot=refs.first_slots[row] + number,
         kv_head=kv_head,
         head=kv_head * plan.group + (2 * part if plan.paired_heads else part),
         nominal=nominal,
@@ -399,6 +490,7 @@ def _clear_rows(plan: _Plan, tile: Any, first: Any) -> None:
 
 
 def _clear_unused_rows(plan: _Plan, smem: _Smem) -> None:
+    """Zeroes, once, the rows of the V tiles that no copy fills."""
     if plan.tile_tokens == plan.tiling.block_kv:
         return
     zeros = plgpu.layout_cast(jnp.zeros((_LANES, _LANES), plan.dtype), plgpu.Layout.WGMMA)
@@ -410,14 +502,10 @@ def _clear_unused_rows(plan: _Plan, smem: _Smem) -> None:
 
 
 def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg: Any) -> None:
-    """A compute warpgroup."""
+    """A compute warpgroup: online softmax over its tile's keys, in base 2 and float32."""
     stages, block_kv, dim = plan.tiling.stages, plan.tiling.block_kv, plan.head_dim
     shape = (ROWS, block_kv)
-    row_layout = plgpu.Layout.WGMMA.reduce(1)
     q_smem, out_smem, line_smem, lse_smem = smem.q.at[wg], smem.out.at[wg], smem.line.at[wg], smem.lse.at[wg]
-
-    def rows_of(x: Any) -> Any:
-        return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), row_layout)
 
     def take_turn() -> None:
         plgpu.barrier_arrive(bars.turn)
@@ -426,9 +514,7 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
     def unit_body(_: Any, unit: _Unit, ring: Any) -> Any:
         tile = _tile(plan, unit, wg)
         position = tile.base + unit.kv_len - unit.end  # of the tile's first row
-
         plgpu.barrier_wait(bars.q_full.at[wg])
-
         scale = plan.sm_scale * LOG2E
         if refs.scales is not None:
             scale = refs.scales[0] * scale
@@ -452,27 +538,7 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
                     plgpu.barrier_arrive(bars.q_free)
 
             s, factor = _capped(plan, s, scale)
-            first = i * plan.tile_tokens
-
-            def masked(s: Any) -> Any:
-                row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=plgpu.Layout.WGMMA)
-                column = plgpu.broadcasted_iota(jnp.int32, shape, 1, layout=plgpu.Layout.WGMMA)
-                behind = (position - first) + row - column
-                seen = behind >= 0
-                if plan.sliding_window is not None:
-                    seen = seen & (behind < plan.sliding_window)
-                if plan.tile_tokens != block_kv:
-                    seen = seen & (column < plan.tile_tokens)
-                return jnp.where(seen, s, -jnp.inf)
-
-            if plan.tile_tokens != block_kv:
-                s = masked(s)
-            else:
-                edge = first + block_kv - 1 > position
-                if plan.sliding_window is not None:
-                    edge = edge | (position + (ROWS - 1) - first >= plan.sliding_window)
-                s = lax.cond(edge, masked, lambda s: s, s)
-
+            s = _mask(plan, s, position - i * plan.tile_tokens)
             new_top = jnp.maximum(top, s.max(axis=1) * factor)
             decay = jnp.exp2(top - new_top)
             p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, shape, [0]))
@@ -496,24 +562,12 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
             plgpu.barrier_arrive(bars.v_free.at[slot])
             return acc, new_top, total
 
+        pl.when(wg == 1)(take_turn)
         zeros = plgpu.layout_cast(jnp.zeros((ROWS, dim), jnp.float32), plgpu.Layout.WGMMA)
-        acc, top, total = lax.fori_loop(unit.lower, unit.upper, tile_body, (zeros, rows_of(_NO_KEY), rows_of(0.0)))
-
-        some = total > 0
-        if refs.sinks is not None:
-            sink = rows_of(refs.sinks[tile.head] * LOG2E)
-            new_top = jnp.maximum(top, sink)
-            decay = jnp.exp2(top - new_top)
-            acc = acc * lax.broadcast_in_dim(decay, (ROWS, dim), [0])
-            total = total * decay + jnp.exp2(sink - new_top)
-            top = new_top
-        total = jnp.where(some, total, 1.0)
-        inverse = 1.0 / total
-        if refs.scales is not None:
-            inverse = inverse * refs.scales[1]
-        acc = acc * lax.broadcast_in_dim(inverse, (ROWS, dim), [0])
-        lse = jnp.where(some, (top + jnp.log(total) * LOG2E) * (1 / LOG2E), -jnp.inf)
-
+        acc, top, total = lax.fori_loop(unit.lower, unit.upper, tile_body, (zeros, _of_rows(_NO_KEY), _of_rows(0.0)))
+        # Within the unit: a turn left over would wait for the other's next unit, whose queries may wait for this one's outputs.
+        pl.when(wg == 0)(take_turn)
+        acc, lse = _finish(refs, tile, acc, top, total)
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_smem[...] = acc.astype(plan.dtype)
         lse_smem[...] = lse
@@ -525,10 +579,54 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
 
         return ring + unit.upper - unit.lower
 
-    pl.when(wg == 1)(take_turn)
     _loop_over_units(plan, refs, cta, unit_body)
-    pl.when(wg == 0)(take_turn)
     plgpu.wait_smem_to_gmem(0)
+
+
+def _of_rows(x: Any) -> Any:
+    """Returns a number for each row of a tile, laid out as a product's row sums."""
+    return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def _mask(plan: _Plan, s: Any, position: Any) -> Any:
+    """Drops the scores of keys that a query does not see; ``position`` is the first query's, counted from the first key."""
+    block_kv, window = plan.tiling.block_kv, plan.sliding_window
+
+    def masked(s: Any) -> Any:
+        row = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=plgpu.Layout.WGMMA)
+        column = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=plgpu.Layout.WGMMA)
+        behind = position + row - column
+        seen = behind >= 0
+        if window is not None:
+            seen = seen & (behind < window)
+        if plan.tile_tokens != block_kv:
+            seen = seen & (column < plan.tile_tokens)
+        return jnp.where(seen, s, -jnp.inf)
+
+    if plan.tile_tokens != block_kv:
+        return masked(s)
+    on_edge = position < block_kv - 1
+    if window is not None:
+        on_edge = on_edge | (position + (ROWS - 1) >= window)
+    return lax.cond(on_edge, masked, lambda s: s, s)
+
+
+def _finish(refs: _Refs, tile: _Tile, acc: Any, top: Any, total: Any) -> tuple[Any, Any]:
+    """Returns outputs and log-sums, 0 and -inf for queries without a key, sink or not."""
+    some = total > 0
+    if refs.sinks is not None:
+        sink = _of_rows(refs.sinks[tile.head] * LOG2E)
+        new_top = jnp.maximum(top, sink)
+        decay = jnp.exp2(top - new_top)
+        acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
+        total = total * decay + jnp.exp2(sink - new_top)
+        top = new_top
+    total = jnp.where(some, total, 1.0)
+    inverse = 1.0 / total
+    if refs.scales is not None:
+        inverse = inverse * refs.scales[1]
+    lse = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
+    return acc * lax.broadcast_in_dim(inverse, acc.shape, [0]), lse
 
 
 def _capped(plan: _Plan, s: Any, scale: Any) -> tuple[Any, Any]:
@@ -568,6 +666,7 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, end: Any, out_smem: Any, line_
 
 
 def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
+    """The kernel: allocates shared memory and parts the warpgroups."""
     inputs = list(refs[:9])
     extra = list(refs[9:-2])
     sinks = extra.pop(0) if has_sinks else None
@@ -638,6 +737,29 @@ def prefill_attention(
     v_scale: float | Float[Array, ""] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
+    """Attends the tokens of the rows from ``first_row`` to ``end_row``; a token of any other row gets whatever memory held.
+
+    Args:
+        q: Query tokens, bfloat16 or float16; D a multiple of 64 up to 256.
+        kv_pages: The pool, of q's dtype; pages of a multiple of 8 tokens.
+        kv_lens: Keys of each row.
+        block_tables: Page ids of each row; all of them valid.
+        cu_q_lens: Running sum of the rows' tokens.
+        first_row: The first row to serve.
+        end_row: One past the last row to serve.
+        items: What ``prefill_items`` returned for the same rows.
+        sm_scale: Multiplies the scores.
+        sliding_window: Positions that a query sees.
+        soft_cap: Bound of the scores.
+        sinks: A score of each head that joins the sum.
+        k_scale: Positive scalar that stored keys are multiplied with.
+        v_scale: Scalar that stored values are multiplied with.
+        tiling: Sizes; None for the default of D.
+
+    Returns:
+        Outputs and log-sums.
+    """
+    del first_row, end_row  # the items know
     num_tokens, num_heads, head_dim = q.shape
     padded = -(-num_tokens // ROWS) * ROWS
     if padded != num_tokens:
@@ -654,20 +776,23 @@ def prefill_attention(
         soft_cap=soft_cap,
         tiling=tiling or default_tiling(head_dim),
     )
-    operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens, *items[:4]]
+    operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens]
+    operands += [*(items[:2] if plan.paired_heads else items[2:4]), items.counts, items.first_slots]
     if sinks is not None:
         operands.append(sinks)
     has_scales = k_scale is not None or v_scale is not None
     if has_scales:
         operands.append(jnp.stack([jnp.asarray(1.0 if s is None else s, jnp.float32) for s in (k_scale, v_scale)]))
     capacity = items.rows.shape[0]
+    # The grid has no more thread blocks than there can be units.
+    max_units = capacity * plan.units_per_item * plan.num_kv_heads
     out, lse_tiles = plgpu.kernel(
         functools.partial(_entry, plan, sinks is not None, has_scales),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
         ],
-        grid=(plan.tiling.num_ctas or capacity * plan.units_per_item * plan.num_kv_heads,),
+        grid=(min(plan.tiling.num_ctas or max_units, max_units),),
         grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
@@ -679,6 +804,7 @@ def prefill_attention(
 def _token_lse(
     lse_tiles: Float[Array, "H I 64"], cu_q_lens: Int[Array, " S+1"], items: PrefillItems, *, num_tokens: int, padded: int
 ) -> Float[Array, "T H"]:
+    """Takes each token's log-sum from its tile's."""
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     row = jnp.searchsorted(cu_q_lens[1:], token, side="right", method="compare_all").astype(jnp.int32)
     row = jnp.minimum(row, cu_q_lens.shape[0] - 2)
