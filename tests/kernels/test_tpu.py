@@ -242,8 +242,15 @@ def no_wait(self, span, block, slot):
     self._zero(slot, low, jnp.clip(span.high - block * self.shape.block, low, self.shape.block))
 
 
-def into_one_slot(self, span, block, slot, start=pages.PageStream.start):
-    start(self, span, block, 0 * slot)
+class OneSlot(pages.PageStream):
+    def start(self, span, block, slot):
+        super().start(span, block, 0)
+
+    def finish(self, span, block, slot):
+        super().finish(span, block, 0)
+
+    def load(self, slot, head, which, dtype):
+        return super().load(0, head, which, dtype)
 
 
 MUTANTS = {
@@ -253,7 +260,7 @@ MUTANTS = {
     "keys for values": (pages.PageStream, "load", swapped_load),
     "wrong page": (pages.PageStream, "_copies", neighbours_page),
     "does not wait for pages": (pages.PageStream, "finish", no_wait),
-    "fetches over what it reads": (pages.PageStream, "start", into_one_slot),
+    "fetches over what it reads": (kernels, "PageStream", OneSlot),
     "leaves what pages do not cover": (pages.PageStream, "_zero", lambda *_: None),
     "does not write": (kernels, "write_new_tokens", lambda *_: None),
 }
