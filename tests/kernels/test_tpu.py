@@ -344,10 +344,19 @@ def test_says_what_it_lacks(shape, words):
     assert words in tpu.unsupported(q, pool)
 
 
-def test_says_that_tables_are_too_large():
-    q, pool = jax.ShapeDtypeStruct((4, 8, 128), "bfloat16"), jax.ShapeDtypeStruct((9, 16, 4, 128), "bfloat16")
-    assert tpu.unsupported(q, pool, block_tables=jax.ShapeDtypeStruct((256, 512), "int32")) is None
-    assert "SMEM" in tpu.unsupported(q, pool, block_tables=jax.ShapeDtypeStruct((256, 1024), "int32"))
+def test_tables_that_smem_does_not_hold_go_to_xla_aloud(monkeypatch):
+    monkeypatch.setattr(tpu, "SMEM_BYTES", 100)
+    case = small_case("chunk")
+    kv, ids, offsets = new_tokens(case)
+    want = run_reference(
+        dataclasses.replace(case, kv_pages=np.asarray(write_kv_pages(jnp.asarray(case.kv_pages), kv, ids, offsets))), sm_scale=0.1
+    )
+    with pytest.warns(RuntimeWarning, match="'xla' serves it"):
+        (out, _), _ = run_update(case, kv, ids, offsets, function=tpu.ragged_paged_attention_update.__wrapped__, interpret=False)
+    assert relative_rms(np.asarray(out), want) <= TOLERANCE["float32"]
+    monkeypatch.undo()
+    assert tpu.tables_too_large(2048, 256, 896) is None
+    assert "256 by 1024" in tpu.tables_too_large(2048, 256, 1024)
 
 
 def test_storage_head_dim_is_whole_lanes():

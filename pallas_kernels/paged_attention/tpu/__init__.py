@@ -19,7 +19,7 @@ heads of 128 in bfloat16 that is 4 KiB, so a block of 512 tokens takes 2 MiB and
 takes ``20 * D + 1024`` bytes at most. Of HBM, a decode step reads K and V once: 2 MiB a block, 1.3 us at v6e's 1.6 TB/s and 2.6 us at
 v5e's 0.8; the compiler's schedule of a block for v6e has about 2000 instruction bundles, 1.2 us at 1.75 GHz if none stalls.
 
-Block tables lie in SMEM: ``unsupported`` refuses more than it holds, 256 rows of 960 pages for instance.
+Block tables lie in SMEM, 1 MiB: 256 rows of 960 pages fit. Larger ones go to the XLA implementation, with a warning.
 
 The layout of the pool, the copies one block ahead and the strided loads through 32-bit words are ideas of the ragged paged attention of
 jax (``jax/experimental/pallas/ops/tpu/ragged_paged_attention``) and of vllm-project/tpu-inference
@@ -31,6 +31,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import warnings
 from typing import Any
 
 import jax
@@ -40,6 +41,7 @@ from jax.experimental.pallas import tpu as pltpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels.kv_write.quantize import to_storage
+from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.tpu.kernels import CallOptions, attend_blocks, attend_single_tokens
 from pallas_kernels.paged_attention.tpu.pages import LANES, WRITE_RUN, PageShape
 
@@ -121,7 +123,13 @@ def make_work_list(
 
 
 SMEM_BYTES = 1000 * 1024
-"""Limit for the scalars of a call."""
+"""What the scalars of a call may take of SMEM, which has 1 MiB."""
+
+
+def tables_too_large(num_tokens: int, num_rows: int, table_width: int) -> str | None:
+    """Returns why block tables and the other scalars of a call cannot be served, or None; a row more counts five, a token three."""
+    size = 4 * (num_rows * (table_width + 5) + 3 * num_tokens)
+    return f"block tables of {num_rows} by {table_width} take {size} bytes of the {SMEM_BYTES} of SMEM" if size > SMEM_BYTES else None
 
 
 def unsupported(
@@ -133,7 +141,6 @@ def unsupported(
     sinks: Any = None,
     k_scale: Any = None,
     v_scale: Any = None,
-    block_tables: Any = None,
 ) -> str | None:
     """Returns why these arguments cannot be served, or None; looks at shapes and dtypes only.
 
@@ -145,7 +152,6 @@ def unsupported(
         sinks: As in ``ragged_paged_attention``.
         k_scale: As in ``ragged_paged_attention``.
         v_scale: As in ``ragged_paged_attention``.
-        block_tables: The block tables, to check that they fit in SMEM; None to leave that out.
     """
     del sliding_window, soft_cap, sinks
     _, page_size, num_kv, head_dim = kv_pages.shape
@@ -164,8 +170,6 @@ def unsupported(
     packing = 4 // dtype.itemsize
     if num_kv % packing or (num_kv // packing not in (1, 2, 4) and num_kv // packing % _SUBLANES):
         return f"{num_kv // 2} key/value heads of {dtype} do not fill whole tiles"
-    if block_tables is not None and (bytes_ := 4 * block_tables.shape[0] * (block_tables.shape[1] + 8)) > SMEM_BYTES:
-        return f"block tables of {bytes_} bytes, above the {SMEM_BYTES} of SMEM"
     return None
 
 
@@ -312,12 +316,23 @@ def _attend(
     tiling: Tiling | None,
     interpret: Any,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"] | None, Float[Array, "N B 2K D"] | None]:
-    reason = unsupported(q, kv_pages, k_scale=k_scale, v_scale=v_scale, block_tables=block_tables)
+    reason = unsupported(q, kv_pages, k_scale=k_scale, v_scale=v_scale)
     if reason is not None:
         raise ValueError(f"the TPU kernel does not serve {reason}")
     num_tokens, num_q_heads, head_dim = q.shape
     num_pages, page_size, num_kv, _ = kv_pages.shape
     num_rows, table_width = block_tables.shape
+    reason = tables_too_large(num_tokens, num_rows, table_width)
+    if reason is not None:
+        # The dispatcher asks about q and the pool alone, so this falls here, in its words.
+        warnings.warn(f"paged attention: 'tpu' cannot serve this call ({reason}); 'xla' serves it", RuntimeWarning, stacklevel=3)
+        if writes:
+            kv_pages = kv_pages.at[writes["page_ids"][:num_tokens], writes["offsets"][:num_tokens]].set(writes["kv"], mode="drop")
+        out, lse = xla.ragged_paged_attention(
+            q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, sm_scale=sm_scale, sliding_window=sliding_window,
+            soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=True,
+        )  # fmt: skip
+        return out, lse, kv_pages
     tiling = tiling or default_tiling(num_tokens, num_q_heads, kv_pages.shape, kv_pages.dtype.itemsize, table_width)
     scales = _page_scales(k_scale, v_scale, (num_pages, num_kv // 2, page_size))
     pages = PageShape(
