@@ -50,7 +50,7 @@ try:
 except ImportError:  # upstream announced that it will go
     pltriton = None
 
-QUERY_BLOCKS = (2, 4, 8, 16, 32, 64, 128)
+QUERY_BLOCKS = (1, 2, 4, 8, 16, 32, 64, 128)
 """Query tokens of a block of other rows, of which a call uses one size: about the tiling's rows divided by the group."""
 
 SPLIT_TOKENS = 256
@@ -59,8 +59,8 @@ SPLIT_TOKENS = 256
 MAX_SPLITS = 64
 """Most splits of a row: bounds the memory for partial results. Splits grow with the block table instead."""
 
-MAX_HEADS = 64
-"""Most query heads of one program; a larger group is served by several."""
+MAX_HEADS = 32
+"""Most query heads of one program, where the tiling's rows allow them; a larger group is served by several."""
 
 _LOG2E = math.log2(math.e)
 _LN2 = math.log(2.0)
@@ -106,9 +106,9 @@ TILINGS = {
     (64, 8): Tiling(64, 4, 3, 4096, 128, 64, 8, 3),
     (128, 8): Tiling(64, 8, 3, 4096, 128, 32, 8, 3),
     (256, 8): Tiling(32, 8, 3, 4096, 64, 32, 8, 3),
-    (64, 32): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
-    (128, 32): Tiling(32, 4, 2, 4096, 32, 32, 4, 2),
-    (256, 32): Tiling(16, 8, 2, 4096, 16, 16, 4, 2),
+    (64, 32): Tiling(32, 4, 2, 4096, 32, 32, 8, 2),
+    (128, 32): Tiling(32, 8, 2, 4096, 16, 32, 4, 2),
+    (256, 32): Tiling(32, 8, 2, 4096, 16, 16, 8, 2),
 }
 """No kernel spills registers with these when compiled for sm_80, sm_89 and sm_90, and none takes more than the 99 KiB of shared memory
 that sm_89 has."""
@@ -166,6 +166,7 @@ class _Shape:
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
+    max_heads: int
 
     @property
     def padded_dim(self) -> int:
@@ -177,7 +178,7 @@ class _Shape:
 
     @property
     def programs_per_kv_head(self) -> int:
-        return pl.cdiv(self.group, MAX_HEADS)
+        return pl.cdiv(self.group, self.max_heads)
 
     @property
     def heads(self) -> int:
@@ -556,7 +557,7 @@ def choose_tiling(head_dim: int, q_dtype: Any, kv_dtype: Any) -> Tiling:
 
 def _query_block(rows: int, heads: int) -> int:
     """Returns the largest block that fits into ``rows`` with ``heads`` rows a token."""
-    return max((size for size in QUERY_BLOCKS if size * heads <= rows), default=QUERY_BLOCKS[0])
+    return max(size for size in QUERY_BLOCKS if size == 1 or size * heads <= rows)
 
 
 # Jitted, so that a model's layers share one trace; XLA inlines the calls.
@@ -608,7 +609,7 @@ def ragged_paged_attention(
     score_dtype, value_dtype = _product_dtypes(q.dtype, kv_pages.dtype)
     shape = _Shape(
         num_tokens, num_q_heads, head_dim, num_kv // 2, page_size, num_rows, table_width, str(q.dtype), score_dtype, value_dtype, is_fp8,
-        float(sm_scale), sliding_window, soft_cap,
+        float(sm_scale), sliding_window, soft_cap, min(MAX_HEADS, tiling.rows),
     )  # fmt: skip
     query_block = _query_block(tiling.rows, shape.heads)
     blocks_index = QUERY_BLOCKS.index(query_block)
