@@ -76,6 +76,9 @@ class EngineCollector(Collector):
         )
         cache.add_metric((*labels, str(info.page_size), str(info.num_pages), info.kv_dtype), 1)
         yield cache
+        size = GaugeMetricFamily(f"{self._prefix}:kv_cache_bytes", "Bytes of the page pool, scales and padding included.", labels=_LABELS)
+        size.add_metric(labels, info.pool_bytes)
+        yield size
         for name, snapshot in stats.histograms.items():
             yield self._histogram(name, snapshot, labels)
 
