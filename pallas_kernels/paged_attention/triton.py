@@ -19,17 +19,21 @@ fixed size rather than a fixed number (thinking-machines-lab/batch_invariant_ops
 
 What limits it: a decode row of length L reads ``2 * L * K * D`` numbers of keys and values once, and does ``4 * L * H * D``
 operations: with G query heads a key/value head that is G operations a byte in bfloat16, far under what any of these GPUs needs to be
-bound by arithmetic, so decode is bound by memory. The partial results of a split add ``4 * (D + 2) * H`` bytes to the
+bound by arithmetic, so decode is bound by memory. The partial results of a split are ``4 * (D + 2) * H`` bytes, written and read, beside the
 ``4 * split * K * D`` that it reads: 1.6 % at G = 4 and 256 tokens. A prompt of L tokens does ``2 * L * L * H * D`` operations on the
 causal half, and each program reads its keys from the L2 cache: ``query_block * G`` operations a byte, bound by arithmetic.
 
-Pallas-Triton cannot use wgmma's asynchrony or TMA, so ``mosaic_gpu`` comes first on Hopper. Upstream has deprecated Pallas-Triton
-(jax 0.11 on: a DeprecationWarning where a call is lowered), so that it is used in this file alone. The kernels are compiled for sm_80,
-sm_89 and sm_90 in the tests, and run in Pallas' interpreter; none was ever run on a GPU.
+What it does not do well: a short chunk of a long context is one program a key/value head and block, which walks through all of the
+context (only single-token rows are split); each step launches the kernel for other rows even if there are none, and its programs stop
+at once; the memory for partial results is that of ``min(S, T)`` rows of full block tables, ``MAX_SPLITS`` each at most.
 
-float8_e4m3fn is widened by integer operations: Triton converts it from compute capability 8.9 on only, and which device a call will
-be lowered for cannot be asked here. Its cost is five integer operations a number, where a conversion instruction would need half of
-one.
+Pallas-Triton uses neither TMA nor warps of different roles, so ``mosaic_gpu`` comes first on Hopper. Upstream has deprecated it (from
+jax 0.11 on, a DeprecationWarning where a call is lowered, which Python hides by default), so it is used in this file alone. The kernels
+are compiled for sm_80 and sm_89 by ``tests/kernels/compile_triton.py`` and for sm_90 by ``scripts/compile_check.py``, and run in
+Pallas' interpreter; none was ever run on a GPU.
+
+float8_e4m3fn is widened by integer operations, on all GPUs: Triton converts it from compute capability 8.9 on only, and for which
+device a call will be lowered cannot be asked here. It takes about five integer operations a number, where a conversion instruction takes half of one.
 """
 
 from __future__ import annotations
@@ -110,8 +114,8 @@ TILINGS = {
     (128, 32): Tiling(32, 8, 2, 4096, 16, 32, 4, 2),
     (256, 32): Tiling(32, 8, 2, 4096, 16, 16, 8, 2),
 }
-"""No kernel spills registers with these when compiled for sm_80, sm_89 and sm_90, and none takes more than the 99 KiB of shared memory
-that sm_89 has."""
+"""None takes more than the 99 KiB of shared memory that sm_89 has. Compiled for sm_80, sm_89 and sm_90, those of 16 and 8 bits spill no
+registers at the shapes of the compile checks; those of 32 bits spill up to some tens of bytes at a few shapes."""
 
 
 class WorkList(NamedTuple):
