@@ -85,10 +85,10 @@ def _whole(scale: Scale | None) -> float | Float[Array, ""]:
     return 1.0 if scale is None or _per_token(scale) else scale
 
 
-def _gather_scales(scale: Float[Array, "N K B"], page_ids: Int[Array, "W n"], in_use: Bool[Array, "W C"]) -> Float[Array, "W K 1 C"]:
-    """Returns the scales of some tokens; zeros where not ``in_use``, be it NaN there."""
+def _gather_scales(scale: Float[Array, "N K B"], page_ids: Int[Array, "W n"]) -> Float[Array, "W K 1 C"]:
+    """Returns the scales of all tokens of some pages; those that a row does not own may be NaN."""
     found = jnp.moveaxis(scale.at[page_ids].get(mode="clip"), 1, 2)  # [W, K, n, B]
-    return jnp.where(in_use[:, None], found.reshape(*found.shape[:2], -1), 0)[:, :, None]
+    return found.reshape(*found.shape[:2], 1, -1)
 
 
 def _gather_runs(
@@ -196,7 +196,7 @@ def _attend(
             values = _gather_runs(kv_pages, tokens, in_use, width=head_dim, first=1)
             scores = jnp.einsum("wkmd,wkcd->wkmc", queries, keys, precision="highest")
         if _per_token(k_scale):
-            scores *= _gather_scales(k_scale, ids, in_use)
+            scores *= _gather_scales(k_scale, ids)
         if options.soft_cap is not None:
             scores = options.soft_cap * jnp.tanh(scores / options.soft_cap)
         seen = where <= query_positions
@@ -208,7 +208,7 @@ def _attend(
         decay = jnp.exp(top - new_top)
         total = total * decay + weights.sum(-1)
         if _per_token(v_scale):
-            weights = jnp.where(seen, weights * _gather_scales(v_scale, ids, in_use), 0)
+            weights = jnp.where(seen, weights * _gather_scales(v_scale, ids), 0)
         acc = acc * decay[..., None] + jnp.einsum("wkmc,wkcd->wkmd", weights, values, precision="highest")
         return new_top, total, acc, scratch
 

@@ -31,11 +31,20 @@ MUTANTS = {
     "offset within the page lost": ("plain", "+ jnp.arange(page_size, dtype=jnp.int32)", "+ jnp.zeros(page_size, jnp.int32)"),
     "sink counted without rescaling": ("window", "jnp.exp(sinks - new_top)", "jnp.exp(sinks)"),
     "the next row's tokens overwritten": ("plain", "mine = (tokens >= start) & (tokens < row_end)", "mine = tokens >= start"),
+    "scales of keys forgotten": ("int8", "scores *= _gather_scales", "0 * _gather_scales"),
+    "scales of values forgotten": ("int8", "weights * _gather_scales(v_scale, ids)", "weights"),
+    "keys' scales for values": ("int8", "weights * _gather_scales(v_scale", "weights * _gather_scales(k_scale"),
+    "unowned scales not cleared": (
+        "int8",
+        "jnp.where(seen, weights * _gather_scales(v_scale, ids), 0)",
+        "weights * _gather_scales(v_scale, ids)",
+    ),
     "scale forgotten": ("plain", ".transpose(0, 2, 1, 3, 4) * scale", ".transpose(0, 2, 1, 3, 4)"),
 }
 CASES = {
     "plain": ([1, 1, 1, 1, 1, 20, 30], [64, 200, 65, 30, 129, 20, 300], {}),
     "window": ([1, 1, 30], [100, 200, 30], {"sliding_window": 17, "sinks": np.linspace(-1, 2, 6, dtype=np.float32)}),
+    "int8": ([1, 1, 20], [64, 200, 85], {}),
 }
 
 
@@ -44,8 +53,8 @@ def error(source, name):
     module = types.ModuleType(xla.__name__)
     exec(compile(source, "mutant", "exec"), module.__dict__)
     q_lens, kv_lens, options = CASES[name]
-    case = make_case(q_lens, kv_lens, num_tokens=64, num_rows=9)
-    call = jax.jit(functools.partial(module.ragged_paged_attention, sm_scale=0.17, **options))
+    case = make_case(q_lens, kv_lens, num_tokens=64, num_rows=9, kv_dtype="int8" if name == "int8" else None)
+    call = jax.jit(functools.partial(module.ragged_paged_attention, sm_scale=0.17, **case.scales, **options))
     out = np.asarray(call(*map(jnp.asarray, case.arguments)))
     sound = np.isfinite(out).all() and not out[case.num_used :].any()
     return relative_rms(out, run_reference(case, sm_scale=0.17, **options)) if sound else np.inf

@@ -22,6 +22,26 @@ def test_many_rows_of_many_lengths():
     assert relative_rms(out[: case.num_used], want[: case.num_used]) <= TOLERANCE["float32"]
 
 
+def test_pages_before_the_window_may_hold_anything():
+    """Rows of one block have windows that start in different chunks, and what lies before a row's own may be another row's by now."""
+    q_lens, kv_lens, window = [1, 1, 1, 1, 40], [300, 200, 90, 20, 250], 20
+    case = make_case(q_lens, kv_lens)
+    pages = case.kv_pages.copy()
+    for row, (q_len, kv_len) in enumerate(zip(q_lens, kv_lens, strict=True)):
+        pages[case.block_tables[row, : max(0, kv_len - q_len - window + 1) // 16]] = np.nan
+    poisoned = dataclasses.replace(case, kv_pages=pages)
+    assert np.array_equal(run_xla(case, sm_scale=0.17, sliding_window=window), run_xla(poisoned, sm_scale=0.17, sliding_window=window))
+
+
+@pytest.mark.parametrize(("dtype", "bits"), [("float8_e4m3fn", "uint8"), ("bfloat16", "uint16")])
+def test_bits_are_read_as_the_numbers_they_stand_for(dtype, bits):
+    case = make_case([1, 1, 20], [70, 16, 33], kv_dtype=dtype)
+    stored = dataclasses.replace(case, kv_pages=case.kv_pages.view(bits))
+    out = run_xla(stored, sm_scale=0.17)
+    assert np.array_equal(out, run_xla(case, sm_scale=0.17))
+    assert relative_rms(out, run_reference(stored, sm_scale=0.17)) <= TOLERANCE["float32"]
+
+
 def test_one_token_in_one_row_however_it_is_announced():
     case = make_case([1], [40])
     single = run_xla(case, sm_scale=0.17)
