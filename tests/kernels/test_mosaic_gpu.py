@@ -35,7 +35,7 @@ def jitted(module, tiling, page_size, static):
         q, kv_pages, kv_lens, tables, _, distribution = arrays
         items = work_list.decode_items(kv_lens, distribution[0], page_size=page_size, table_width=tables.shape[1])
         options = {"sliding_window": None, "soft_cap": None, **dict(static), **scales}
-        return module.decode_attention(q, kv_pages, kv_lens, tables, items, sm_scale=SCALE, sinks=sinks, tiling=tiling, **options)
+        return module.decode_attention(q, kv_pages, tables, items, sm_scale=SCALE, sinks=sinks, tiling=tiling, **options)
 
     return jax.jit(call)
 
@@ -280,7 +280,7 @@ def test_lowers_for_cuda_on_a_cpu(num_q_heads, num_kv_heads, head_dim, page_size
     def call(q, kv_pages, lens, table, scale):
         items = work_list.decode_items(lens, jnp.int32(rows), page_size=page_size, table_width=width)
         all_options = {"sliding_window": None, "soft_cap": None, "sinks": None, **dict.fromkeys(("k_scale", "v_scale"), scale), **options}
-        return decode.decode_attention(q, kv_pages, lens, table, items, sm_scale=SCALE, tiling=tiling, **all_options)
+        return decode.decode_attention(q, kv_pages, table, items, sm_scale=SCALE, tiling=tiling, **all_options)
 
     scale = scale if kv_dtype == "int8" else jax.ShapeDtypeStruct((), jnp.float32)
     lowered = jax.jit(call).trace(q, kv_pages, lens, table, scale).lower(lowering_platforms=("cuda",))

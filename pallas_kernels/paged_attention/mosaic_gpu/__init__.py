@@ -158,7 +158,7 @@ def ragged_paged_attention(
     options = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}
     sizes = _sizes(tiling, head_dim, q.dtype.itemsize, kv_pages.dtype.itemsize)
-    singles = decode_attention(q, kv_pages, kv_lens, block_tables, work.decode, **options, tiling=sizes[0])
+    singles = decode_attention(q, kv_pages, block_tables, work.decode, **options, tiling=sizes[0])
     num_singles = _num_singles(cu_q_lens, distribution, num_tokens)
     if work.prefill is None:
         others = (jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))

@@ -68,6 +68,7 @@ class _Plan:
     page_size: int
     split: int
     num_rows: int
+    num_items: int
     sliding_window: int | None
     soft_cap: float | None
     dtype: Any
@@ -121,8 +122,8 @@ class _Refs:
     scales: tuple[Any, Any] | None
     rows: Any
     starts: Any
-    first: Any
     kv_lens: Any
+    first: Any
     table: Any
     factors: Any
     out: Any
@@ -185,11 +186,10 @@ def _item(plan: _Plan, refs: _Refs, cta: Any, turn: Any, stream: Any) -> _Item:
     """Returns what a stream serves at a turn. First all blocks' first streams get items, so that few items spread over all blocks."""
     tiling = plan.tiling
     place = cta + tiling.num_ctas * (tiling.compute_warpgroups * turn + stream)
-    total = refs.first[plan.num_rows]
-    exists = _divide(place, plan.num_kv_heads) < total
-    index = jnp.where(exists, _divide(place, plan.num_kv_heads), 0)
-    row, start = refs.rows[index], refs.starts[index]
-    kv_len = refs.kv_lens[row]
+    index = _divide(place, plan.num_kv_heads)
+    exists = index < refs.first[plan.num_rows]
+    index = jnp.minimum(index, plan.num_items - 1)
+    row, start, kv_len = refs.rows[index], refs.starts[index], refs.kv_lens[index]
     begin = start
     if plan.sliding_window is not None:
         oldest = jnp.maximum(kv_len - plan.sliding_window, 0)
@@ -317,6 +317,7 @@ def _key_products(plan: _Plan, shared: _Shared, ring: _Ring, slot: Any, stream: 
     keys = ring.tiles.at[slot]
     if plan.widens:
         _widen(plan, ring, slot, stream, plan.dtype, None)
+        plgpu.barrier_arrive(ring.free.at[slot])
         keys = ring.widened.at[stream]
 
     def multiply(products: Any) -> Any:
@@ -324,7 +325,8 @@ def _key_products(plan: _Plan, shared: _Shared, ring: _Ring, slot: Any, stream: 
         return products[...]
 
     products = pl.run_scoped(multiply, plgpu.ACC((QUERY_ROWS, plan.tiling.block_kv), jnp.float32))
-    plgpu.barrier_arrive(ring.free.at[slot])
+    if not plan.widens:
+        plgpu.barrier_arrive(ring.free.at[slot])
     return products, scale
 
 
@@ -344,6 +346,7 @@ def _add_values(plan: _Plan, shared: _Shared, ring: _Ring, slot: Any, stream: An
     values = ring.tiles.at[slot]
     if plan.widens:
         _widen(plan, ring, slot, stream, plan.v_dtype, in_use if plan.kv_dtype == jnp.float8_e4m3fn else None)
+        plgpu.barrier_arrive(ring.free.at[slot])
         values = ring.widened.at[stream]
     else:
         pl.when(in_use < plan.tiling.block_kv)(lambda: _clear_tail(plan, values, in_use))
@@ -356,7 +359,8 @@ def _add_values(plan: _Plan, shared: _Shared, ring: _Ring, slot: Any, stream: An
         acc = acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
     else:
         acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
-    plgpu.barrier_arrive(ring.free.at[slot])
+    if not plan.widens:
+        plgpu.barrier_arrive(ring.free.at[slot])
     return acc
 
 
@@ -506,25 +510,23 @@ def _attend_items(
     kv_pages: Num[Array, "N B 2K D"],
     scales: tuple[Array, ...],
     items: DecodeItems,
-    kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     factors: Float[Array, " 2"],
 ) -> tuple[Float[Array, "W Hpad D"], Float[Array, "W K R"]]:
     """Returns the items' outputs and their log-sums in base 2; the output of an item without keys is undefined."""
     queries = jnp.pad(q.reshape(-1, plan.group, plan.head_dim), ((0, 0), (0, plan.query_rows - plan.group), (0, 0)))
-    num_items = items.rows.shape[0]
     return plgpu.kernel(
         functools.partial(_attend_entry, plan),
         out_type=[
-            jax.ShapeDtypeStruct((num_items, plan.head_blocks * plan.heads_per_block, plan.head_dim), jnp.float32),
-            jax.ShapeDtypeStruct((num_items, plan.num_kv_heads, plan.query_rows), jnp.float32),
+            jax.ShapeDtypeStruct((plan.num_items, plan.head_blocks * plan.heads_per_block, plan.head_dim), jnp.float32),
+            jax.ShapeDtypeStruct((plan.num_items, plan.num_kv_heads, plan.query_rows), jnp.float32),
         ],
         grid=(plan.tiling.num_ctas,),
         grid_names=("cta",),
         num_threads=plan.tiling.compute_warpgroups + 1,
         thread_name="warpgroup",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
-    )(queries, kv_pages, *scales, *items, kv_lens, block_tables, factors)
+    )(queries, kv_pages, *scales, *items, block_tables, factors)
 
 
 # --- The second kernel: rows
@@ -612,7 +614,6 @@ def _merge_rows(
 def decode_attention(
     q: Float[Array, "T H D"],
     kv_pages: Num[Array, "N B 2K D"],
-    kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     items: DecodeItems,
     *,
@@ -629,7 +630,6 @@ def decode_attention(
     Args:
         q: Queries; bfloat16 or float16.
         kv_pages: The pool of the layer; q's dtype, float8_e4m3fn or int8.
-        kv_lens: Tokens of each row.
         block_tables: Page ids of each row.
         items: The work list.
         sm_scale: Multiplies the scores.
@@ -651,7 +651,8 @@ def decode_attention(
         head_dim=head_dim,
         page_size=page_size,
         split=split_tokens(page_size, block_tables.shape[1]),
-        num_rows=kv_lens.shape[0],
+        num_rows=items.first.shape[0] - 1,
+        num_items=items.rows.shape[0],
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         dtype=q.dtype,
@@ -664,5 +665,5 @@ def decode_attention(
     scalars = [1.0 if scale is None or token_scales else scale for scale in (k_scale, v_scale)]
     factors = jnp.stack([jnp.float32(factor) * scalars[0], jnp.float32(scalars[1])]).astype(jnp.float32)
     scales = (k_scale, v_scale) if token_scales else ()
-    partial, partial_lse = _attend_items(plan, q, kv_pages, scales, items, kv_lens, block_tables, factors)
+    partial, partial_lse = _attend_items(plan, q, kv_pages, scales, items, block_tables, factors)
     return _merge_rows(plan, partial, partial_lse, items, jnp.full(plan.num_heads, -jnp.inf, jnp.float32) if sinks is None else sinks)

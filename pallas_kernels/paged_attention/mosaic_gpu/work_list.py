@@ -20,11 +20,13 @@ class DecodeItems(NamedTuple):
     Attributes:
         rows: Row of each item; what lies behind the last item is padding.
         starts: First position of each item.
+        kv_lens: Tokens of each item's row, so that a block learns all about an item in one round trip to memory.
         first: Each row's first item, and at the end the number of items.
     """
 
     rows: Int[Array, " W"]
     starts: Int[Array, " W"]
+    kv_lens: Int[Array, " W"]
     first: Int[Array, " S+1"]
 
 
@@ -61,4 +63,4 @@ def decode_items(kv_lens: Int[Array, " S"], num_rows: Int[Array, ""], *, page_si
     ends = jnp.cumsum(counts, dtype=jnp.int32)
     first = jnp.concatenate([jnp.zeros(1, jnp.int32), ends])
     rows = jnp.minimum(jnp.searchsorted(ends, index, side="right", method="scan_unrolled"), capacity - 1).astype(jnp.int32)
-    return DecodeItems(rows, (index - first[rows]) * split, first)
+    return DecodeItems(rows, (index - first[rows]) * split, kv_lens[rows], first)
