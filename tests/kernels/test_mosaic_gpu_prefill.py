@@ -25,7 +25,7 @@ SINKS = np.linspace(-1, 3, 2, dtype=np.float32)
 
 def call(module, case, *, sinks=None, k_scale=None, v_scale=None, num_ctas=None, **options):
     """Attends the rows that the case's distribution gives to a prefill, with outputs and log-sums of the others as they come."""
-    tiling = module.default_tiling(case.q.shape[2])
+    tiling = module.default_tiling(case.q.shape[2], case.kv_pages.dtype.itemsize)
     tiling = dataclasses.replace(tiling, p_smem=True, num_ctas=num_ctas or (tiling.num_ctas and 2))
 
     def attend(q, kv_pages, kv_lens, tables, cu_q_lens, distribution, values):
@@ -66,13 +66,20 @@ CASES = {
     "soft cap, fp16, page 64": ([60, 3], [250, 3], {"page_size": 64, "dtype": "float16"}, {"soft_cap": 3.0}),
     "odd group, page 40": ([1, 100, 20], [40, 140, 20], {"num_q_heads": 3, "page_size": 40, "num_tokens": 128}, {}),
     "head dimension 256": ([1, 66], [4, 90], {"head_dim": 256, "num_tokens": 72}, {}),
-    "head dimension 256, several units a block": ([150], [150], {"head_dim": 256, "num_tokens": 150}, {"num_ctas": 2}),
+    "head dimension 256, several units a block": ([70], [70], {"head_dim": 256, "num_tokens": 70}, {"num_ctas": 1}),
     "head dimension 128, page 256": ([20, 28], [300, 28], {"head_dim": 128, "page_size": 256, "num_tokens": 50}, {}),
     "page 8, scales, two kv heads": (
         [20, 28],
         [90, 28],
         {"page_size": 8, "num_q_heads": 4, "num_kv_heads": 2},
         {"k_scale": 0.5, "v_scale": 2.0},
+    ),
+    "float8, more tiles than stages": ([3, 10], [700, 10], {"kv_dtype": "float8_e4m3fn", "page_size": 40}, {}),
+    "int8, head dimension 128, window": (
+        [70],
+        [300],
+        {"kv_dtype": "int8", "page_size": 32, "head_dim": 128, "num_tokens": 72},
+        {"sliding_window": 270},
     ),
 }
 
@@ -81,7 +88,8 @@ CASES = {
 @pytest.mark.parametrize("name", CASES)
 def test_agrees_with_the_reference(name):
     q_lens, kv_lens, sizes, options = CASES[name]
-    case, options = case_of(q_lens, kv_lens, **sizes), dict(options)
+    case = case_of(q_lens, kv_lens, **sizes)
+    options = case.scales | options
     out, lse = interpret(prefill, case, sm_scale=0.125, **options)
     options.pop("num_ctas", None)
     want, want_lse = run_reference(case, sm_scale=0.125, return_lse=True, **options)
@@ -94,18 +102,18 @@ def test_agrees_with_the_reference(name):
 @interpreted
 def test_a_row_has_the_same_bits_alone_elsewhere_and_in_chunks():
     """The batch shifts the row's tokens by a number that is no multiple of 8, and its pages lie elsewhere."""
-    whole = case_of([90], [150], num_tokens=128)
-    batch = case_of([1, 13, 90], [9, 30, 150], num_tokens=128, spare_pages=9, seed=1)
+    whole = case_of([40], [100])
+    batch = case_of([1, 13, 40], [9, 30, 100], spare_pages=9, seed=1)
     pages, q = batch.kv_pages.copy(), batch.q.copy()
-    pages[batch.block_tables[2, :10]] = whole.kv_pages[whole.block_tables[0, :10]]
-    q[14:104] = whole.q[:90]
+    pages[batch.block_tables[2, :7]] = whole.kv_pages[whole.block_tables[0, :7]]
+    q[14:54] = whole.q[:40]
     batch = dataclasses.replace(batch, kv_pages=pages, q=q)
-    chunk = dataclasses.replace(whole, q=np.roll(whole.q, -27, axis=0), cu_q_lens=np.array([0, 63], np.int32))
+    chunk = dataclasses.replace(whole, q=np.roll(whole.q, -27, axis=0), cu_q_lens=np.array([0, 13], np.int32))
     alone, _ = interpret(prefill, whole, sm_scale=0.125)
     among, _ = interpret(prefill, batch, sm_scale=0.125)
     last, _ = interpret(prefill, chunk, sm_scale=0.125)
-    np.testing.assert_array_equal(among[14:104], alone[:90])
-    np.testing.assert_array_equal(last[:63], alone[27:90])
+    np.testing.assert_array_equal(among[14:54], alone[:40])
+    np.testing.assert_array_equal(last[:13], alone[27:40])
 
 
 @interpreted
@@ -123,22 +131,31 @@ MUTANTS = {
     "last token dropped": ("plain", "seen = behind >= 0", "seen = behind > 0"),
     "window too wide": ("window", "seen & (behind < window)", "seen & (behind <= window)"),
     "window's first tile skipped": ("window", "lower = lax.div(jnp.maximum(oldest, 0)", "lower = 1 + lax.div(jnp.maximum(oldest, 0)"),
-    "page tail not cleared": ("plain", "            _clear_rows(plan, smem.v.at[slot], left)\n", ""),
-    "pages of a tile mixed up": ("plain", "i * plan.tile_tokens + copy * plan.copy_tokens", "i * plan.tile_tokens"),
+    "page tail not cleared": ("plain", "        _clear_rows(plan, smem.v.at[slot], left)\n", ""),
+    "page tail not cleared while widening": ("float8", "jnp.where(rows + r < left, numbers, jnp.zeros_like(numbers))", "numbers"),
+    "scales of keys for values": ("int8", "_of_keys(smem.scales[1, slot], shape), 0.0)", "_of_keys(smem.scales[0, slot], shape), 0.0)"),
+    "pages of a tile mixed up": (
+        "plain",
+        "place = lax.div(i * plan.tile_tokens + copy * plan.copy_tokens",
+        "place = lax.div(i * plan.tile_tokens",
+    ),
     "old sums not rescaled": ("plain", "total * decay + p.sum(axis=1)", "total + p.sum(axis=1)"),
     "sink forgotten": ("window", "total = total * decay + jnp.exp2(sink - new_top)", "total = total * decay"),
     "the next row's tokens overwritten": ("plain", "(low == 0) & (high == ROWS)", "low < high"),
 }
 SMALL = {
-    "plain": ([20, 41], [200, 50], {}),
-    "window": ([20, 41], [200, 50], {"sliding_window": 17, "sinks": SINKS}),
+    "plain": ([20, 41], [200, 50], {}, {}),
+    "window": ([20, 41], [200, 50], {}, {"sliding_window": 17, "sinks": SINKS}),
+    "float8": ([10], [50], {"kv_dtype": "float8_e4m3fn"}, {}),
+    "int8": ([10], [50], {"kv_dtype": "int8", "page_size": 32}, {}),
 }
 
 
 def error_of(module, name):
     """Relative error of a small case; infinite where something is not finite or a race is seen."""
-    q_lens, kv_lens, options = SMALL[name]
-    case = case_of(q_lens, kv_lens)
+    q_lens, kv_lens, sizes, options = SMALL[name]
+    case = case_of(q_lens, kv_lens, **sizes)
+    options = case.scales | options
     try:
         out, _ = interpret(module, case, sm_scale=0.5, **options)
     except jax.errors.JaxRuntimeError as error:
@@ -186,6 +203,8 @@ def test_items_name_each_tile_once(seed):
 LOWERED = {
     "Llama-3-8B": ((512, 32, 128), 8, 64, {}),
     "Gemma-2-9B": ((512, 16, 256), 8, 16, {"soft_cap": 50.0, "sliding_window": 4096}),
+    "Llama-3-8B over float8": ((512, 32, 128), 8, 16, {"kv_dtype": jnp.float8_e4m3fn}),
+    "Llama-3-8B over int8": ((512, 32, 128), 8, 64, {"kv_dtype": jnp.int8}),
     "odd group, sinks, fewer tokens than a tile": ((16, 7, 64), 1, 128, {"sinks": True}),
 }
 
@@ -193,18 +212,20 @@ LOWERED = {
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):
     (tokens, heads, dim), kv_heads, page, options = LOWERED[name]
+    options = {"sinks": False, "kv_dtype": jnp.bfloat16} | options
+    has_sinks, kv_dtype = options.pop("sinks"), options.pop("kv_dtype")
     arguments = [
         jax.ShapeDtypeStruct((tokens, heads, dim), jnp.bfloat16),
-        jax.ShapeDtypeStruct((64, page, 2 * kv_heads, dim), jnp.bfloat16),
+        jax.ShapeDtypeStruct((64, page, 2 * kv_heads, dim), kv_dtype),
         *(jax.ShapeDtypeStruct(shape, jnp.int32) for shape in ((8,), (8, 64), (9,), (3,))),
         jax.ShapeDtypeStruct((heads,), jnp.float32),
+        jax.ShapeDtypeStruct((64, kv_heads, page) if kv_dtype == jnp.int8 else (), jnp.float32),
     ]
-    has_sinks = options.pop("sinks", False) if (options := dict(options)) else False
 
-    def attend(q, kv_pages, kv_lens, tables, cu_q_lens, distribution, sinks):
+    def attend(q, kv_pages, kv_lens, tables, cu_q_lens, distribution, sinks, scale):
         rows = (distribution[0], distribution[2])
         items = prefill.prefill_items(cu_q_lens, *rows, num_tokens=tokens)
-        extra = {"sinks": sinks} if has_sinks else {}
+        extra = ({"sinks": sinks} if has_sinks else {}) | ({} if kv_dtype == jnp.bfloat16 else {"k_scale": scale, "v_scale": scale})
         return prefill.prefill_attention(q, kv_pages, kv_lens, tables, cu_q_lens, *rows, items, sm_scale=0.1, **options, **extra)
 
     text = jax.jit(attend).trace(*arguments).lower(lowering_platforms=("cuda",)).as_text()

@@ -20,6 +20,12 @@ a page and fits a tile, one TMA copy for each of K and V, straight from the inte
 ``block_kv`` rows (pages of 40: three in 128) the rest is masked. Positions behind the row's last page read that page again: its lines are
 at hand.
 
+**Narrow pages.** Pages of float8 or int8 come into two buffers of their own, one for K and one for V, and the memory warpgroup widens each
+tile to the queries' dtype into the rings, exactly, while the next one is on its way. A scale of all keys goes into the scores' factor and
+one of all values into the last division; scales per token come beside their tiles and multiply scores and probabilities, so that nothing is
+rounded twice. That is about 256 numbers a thread and tile of 128 keys at D = 128, some 1000 instructions, in the time of a tile's products
+(about 3500 clocks).
+
 **Masks.** Tiles wholly behind the last query or wholly before the window are not fetched; only tiles on an edge compute a mask. Value rows
 behind ``kv_lens`` are zeroed in shared memory by the memory warpgroup before the compute warpgroups see them, since a probability of 0
 times NaN is NaN. Masked keys may be NaN: a select drops their scores.
@@ -46,8 +52,12 @@ reciprocal root, since the hardware's tanh is off by 2^-11, too much for a cap o
 | 128 | 32 KiB | 2 stages x 2 x 32 KiB | 32 KiB | 16 KiB | 209 KiB | 64, 64, 32 of 224 |
 | 256 | 64 KiB | 2 stages x 2 x 32 KiB | in Q's | 16 KiB | 209 KiB | 128, 32, 16 of 224 |
 
-At D = 256 a loop over units would keep the addresses of its epilogue in registers and spill (8 bytes), so there each unit has its thread
-block.
+Over narrow pages the outputs lie in Q's place from D = 128 on, to leave room for the buffers, at D = 256 K and V have one stage, and
+compute warpgroups have 208 (216 at D = 256) registers.
+
+As ptxas of CUDA 13 reports for jax 0.10.2: 168 registers at launch, which the warpgroups then trade, and no spills, but for D = 256 over
+narrow pages (4 to 52 bytes). At D = 256 a loop over units would keep the addresses of its epilogue in registers and spill 8 bytes, so there
+each unit has its thread block.
 
 What jax's interpreter cannot show: that a wgmma is done before its operands are overwritten. K, V and queries are given back only after the
 accumulator was read, which waits for it. jax's own kernel refuses causal masks under CUDA 12.8.0 to 12.9.1, whose ptxas miscompiles them;
@@ -66,7 +76,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float, Int, Num
 
 LOG2E = math.log2(math.e)
 
@@ -128,8 +138,14 @@ class PrefillItems(NamedTuple):
     first_slots: Int[Array, " S"]
 
 
-def default_tiling(head_dim: int) -> Tiling:
-    """Returns the sizes for a head dimension."""
+def default_tiling(head_dim: int, kv_itemsize: int = 2) -> Tiling:
+    """Returns the sizes for a head dimension and the bytes of a stored number."""
+    if kv_itemsize == 1:
+        if head_dim <= 64:
+            return Tiling(stages=4, compute_registers=208, memory_registers=88)
+        if head_dim <= 128:
+            return Tiling(separate_out=False, compute_registers=208, memory_registers=88)
+        return Tiling(block_kv=64, stages=1, separate_out=False, num_ctas=None, compute_registers=216, memory_registers=72)
     if head_dim <= 64:
         return Tiling(stages=4)
     if head_dim <= 128:
@@ -188,6 +204,8 @@ class _Plan:
     head_dim: int
     page_size: int
     dtype: Any
+    kv_dtype: Any
+    token_scales: bool
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
@@ -211,8 +229,8 @@ class _Plan:
     @property
     def copy_tokens(self) -> int:
         """Tokens of one TMA copy."""
-        fits = [n for n in range(8, min(self.page_size, self.tiling.block_kv) + 1, 8) if self.page_size % n == 0]
-        return max(fits)
+        step = 32 if self.token_scales else 8  # copies of scales start at multiples of 128 bytes in shared memory
+        return max(n for n in range(step, min(self.page_size, self.tiling.block_kv) + 1, step) if self.page_size % n == 0)
 
     @property
     def copies(self) -> int:
@@ -223,6 +241,16 @@ class _Plan:
     def tile_tokens(self) -> int:
         """Positions of a K/V tile: at most ``block_kv``."""
         return self.copies * self.copy_tokens
+
+    @property
+    def narrow(self) -> bool:
+        """Whether pages are narrower than queries, so that the memory warpgroup widens them."""
+        return self.kv_dtype != self.dtype
+
+    @property
+    def arrivals(self) -> int:
+        """Arrivals that make a tile complete: its copies', or the memory warpgroup's and its scales'."""
+        return (1 + self.copies * self.token_scales) if self.narrow else self.copies
 
 
 class _Refs(NamedTuple):
@@ -238,6 +266,7 @@ class _Refs(NamedTuple):
     counts: Any
     first_slots: Any
     sinks: Any
+    factors: Any
     scales: Any
     out: Any
     lse: Any
@@ -253,6 +282,8 @@ class _Smem(NamedTuple):
     line: Any
     lse: Any
     p: Any
+    raw: Any
+    scales: Any
 
 
 class _Barriers(NamedTuple):
@@ -266,6 +297,7 @@ class _Barriers(NamedTuple):
         k_free: Both compute warpgroups are done with a stage's keys.
         v_free: The same for its values.
         turn: The compute warpgroups' turns at the tensor cores.
+        raw_full: A tile that is to be widened has come; one for K and one for V.
     """
 
     q_full: Any
@@ -275,6 +307,7 @@ class _Barriers(NamedTuple):
     k_free: Any
     v_free: Any
     turn: Any
+    raw_full: Any
 
 
 class _Unit(NamedTuple):
@@ -375,7 +408,8 @@ def _tile(plan: _Plan, unit: _Unit, wg: Any) -> _Tile:
 def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> None:
     """The memory warpgroup: fetches queries and pages."""
     stages = plan.tiling.stages
-    _clear_unused_rows(plan, smem)
+    if not plan.narrow:
+        _clear_unused_rows(plan, smem)
 
     def unit_body(is_first: Any, unit: _Unit, ring: Any) -> Any:
         @pl.when(jnp.logical_not(is_first))
@@ -387,40 +421,9 @@ def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> 
             source = refs.q.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head]
             plgpu.copy_gmem_to_smem(source, smem.q.at[w], bars.q_full.at[w])
 
-        def tile_body(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
-            place = ring + i - unit.lower
-            slot = lax.rem(place, _i32(stages))
-            next_ids = _page_ids(plan, refs, unit, i + 1)
-
-            @pl.when(place >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(bars.k_free.at[slot])
-
-            _copy_tile(plan, refs, unit, i, ids, 0, smem.k, slot, bars.k_full.at[slot])
-
-            @pl.when(place >= stages)
-            def _() -> None:
-                plgpu.barrier_wait(bars.v_free.at[slot])
-
-            full = jnp.where((i + 1) * plan.tile_tokens <= unit.kv_len, slot, _i32(stages))
-            _copy_tile(plan, refs, unit, i, ids, 1, smem.v, slot, bars.v_full.at[full])
-            return next_ids
-
-        lax.fori_loop(unit.lower, unit.upper, tile_body, _page_ids(plan, refs, unit, unit.lower))
-        end = ring + unit.upper - unit.lower
-        left = unit.kv_len - (unit.upper - 1) * plan.tile_tokens
-
-        # Only a last tile can reach beyond the row's keys. Here, and not in the loop, there are registers left for it.
-        @pl.when(left < plan.tile_tokens)
-        def _() -> None:
-            slot = lax.rem(end - 1, _i32(stages))
-            plgpu.barrier_wait(bars.v_full.at[stages])
-            _clear_rows(plan, smem.v.at[slot], left)
-            plgpu.commit_smem()
-            for _c in range(plan.copies):
-                plgpu.barrier_arrive(bars.v_full.at[slot])
-
-        return end
+        stream = _stream_widened if plan.narrow else _stream
+        stream(plan, refs, smem, bars, unit, ring)
+        return ring + unit.upper - unit.lower
 
     units, tiles = _loop_over_units(plan, refs, cta, unit_body)
 
@@ -435,6 +438,105 @@ def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> 
     @pl.when(units > 0)
     def _() -> None:
         plgpu.barrier_wait(bars.q_free)
+
+
+def _stream(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, unit: _Unit, ring: Any) -> None:
+    """Fetches a unit's K and V into the rings, of which ``ring`` tiles were used before."""
+    stages = plan.tiling.stages
+
+    def tile_body(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
+        place = ring + i - unit.lower
+        slot = lax.rem(place, _i32(stages))
+        next_ids = _page_ids(plan, refs, unit, i + 1)
+
+        @pl.when(place >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(bars.k_free.at[slot])
+
+        _copy_tile(plan, refs, unit, i, ids, 0, smem.k, slot, bars.k_full.at[slot])
+
+        @pl.when(place >= stages)
+        def _() -> None:
+            plgpu.barrier_wait(bars.v_free.at[slot])
+
+        full = jnp.where((i + 1) * plan.tile_tokens <= unit.kv_len, slot, _i32(stages))
+        _copy_tile(plan, refs, unit, i, ids, 1, smem.v, slot, bars.v_full.at[full])
+        return next_ids
+
+    lax.fori_loop(unit.lower, unit.upper, tile_body, _page_ids(plan, refs, unit, unit.lower))
+    left = unit.kv_len - (unit.upper - 1) * plan.tile_tokens
+
+    # Only a last tile can reach beyond the row's keys. Here, and not in the loop, there are registers left for it.
+    @pl.when(left < plan.tile_tokens)
+    def _() -> None:
+        slot = lax.rem(ring + unit.upper - unit.lower - 1, _i32(stages))
+        plgpu.barrier_wait(bars.v_full.at[stages])
+        _clear_rows(plan, smem.v.at[slot], left)
+        plgpu.commit_smem()
+        for _c in range(plan.copies):
+            plgpu.barrier_arrive(bars.v_full.at[slot])
+
+
+def _stream_widened(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, unit: _Unit, ring: Any) -> None:
+    """The same with pages narrower than the queries: what has come is widened while the next is on its way."""
+    stages = plan.tiling.stages
+    rings = ((smem.k, bars.k_full, bars.k_free), (smem.v, bars.v_full, bars.v_free))
+
+    def fetch(i: Any, which: int, ids: tuple[Any, ...]) -> None:
+        _copy_tile(plan, refs, unit, i, ids, which, smem.raw, which, bars.raw_full.at[which])
+
+    first_ids = _page_ids(plan, refs, unit, unit.lower)
+    for which in range(2):
+        fetch(unit.lower, which, first_ids)
+
+    def tile_body(i: Any, ids: tuple[Any, ...]) -> tuple[Any, ...]:
+        place = ring + i - unit.lower
+        slot = lax.rem(place, _i32(stages))
+        next_ids = _page_ids(plan, refs, unit, i + 1)
+        for which, (tiles, full, free) in enumerate(rings):
+            plgpu.barrier_wait(bars.raw_full.at[which])
+            pl.when(place >= stages)(functools.partial(plgpu.barrier_wait, free.at[slot]))
+            if plan.token_scales:
+                plgpu.commit_smem()  # the scales that were here were read by ordinary loads
+                _copy_scales(plan, refs, unit, i, ids, which, smem.scales.at[which], slot, full.at[slot])
+            left = jnp.minimum(unit.kv_len - i * plan.tile_tokens, plan.tile_tokens) if which == 1 else None
+            _widen(plan, smem.raw, which, tiles, slot, left)
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(full.at[slot])
+            pl.when(i + 1 < unit.upper)(functools.partial(fetch, i + 1, which, next_ids))
+        return next_ids
+
+    lax.fori_loop(unit.lower, unit.upper, tile_body, first_ids)
+
+
+def _widen(plan: _Plan, raw: Any, source: Any, tiles: Any, slot: Any, left: Any | None) -> None:
+    """Writes a tile in the queries' dtype; of float8, which has a NaN, the rows from ``left`` on become zero."""
+    layout = plgpu.Layout.WGMMA_8BIT
+    for r in range(0, plan.tiling.block_kv, _LANES):
+        for c in range(0, plan.head_dim, _LANES):
+            here = (pl.ds(r, _LANES), pl.ds(c, _LANES))
+            numbers = plgpu.layout_cast(raw[source, *here], layout)
+            if plan.kv_dtype == jnp.float8_e4m3fn:
+                numbers = numbers.astype(jnp.float16)
+                if plan.dtype == jnp.bfloat16:
+                    numbers = numbers.astype(jnp.float32)
+            numbers = numbers.astype(plan.dtype)
+            if left is not None and plan.kv_dtype == jnp.float8_e4m3fn:
+                rows = plgpu.broadcasted_iota(jnp.int32, numbers.shape, 0, layout=layout)
+                numbers = jnp.where(rows + r < left, numbers, jnp.zeros_like(numbers))
+            tiles[slot, *here] = numbers
+
+
+def _copy_scales(
+    plan: _Plan, refs: _Refs, unit: _Unit, i: Any, ids: tuple[Any, ...], which: int, target: Any, slot: Any, barrier: Any
+) -> None:
+    """Starts the copies of the scales of a tile's tokens."""
+
+    def start(c: Any, page: Any) -> None:
+        source = refs.scales[which].at[page, unit.kv_head, _tokens_in_page(plan, i, c)]
+        plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(c * plan.copy_tokens, plan.copy_tokens)], barrier)
+
+    _for_copies(plan, refs, unit, i, ids, start)
 
 
 def _page_id(plan: _Plan, refs: _Refs, unit: _Unit, i: Any, copy: Any) -> Any:
@@ -453,13 +555,21 @@ def _copy_tile(
     plan: _Plan, refs: _Refs, unit: _Unit, i: Any, ids: tuple[Any, ...], which: int, target: Any, slot: Any, barrier: Any
 ) -> None:
     """Starts the copies of a K (0) or V (1) tile, each of which arrives at ``barrier`` once."""
-    size = plan.copy_tokens
 
     def start(c: Any, page: Any) -> None:
-        offset = lax.rem(i * plan.tile_tokens + c * size, _i32(plan.page_size))
-        source = refs.kv.at[page, pl.ds(pl.multiple_of(offset, 8), size), 2 * unit.kv_head + which]
-        plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(c * size, size)], barrier)
+        source = refs.kv.at[page, _tokens_in_page(plan, i, c), 2 * unit.kv_head + which]
+        plgpu.copy_gmem_to_smem(source, target.at[slot, pl.ds(c * plan.copy_tokens, plan.copy_tokens)], barrier)
 
+    _for_copies(plan, refs, unit, i, ids, start)
+
+
+def _tokens_in_page(plan: _Plan, i: Any, copy: Any) -> Any:
+    offset = lax.rem(i * plan.tile_tokens + copy * plan.copy_tokens, _i32(plan.page_size))
+    return pl.ds(pl.multiple_of(offset, 8), plan.copy_tokens)
+
+
+def _for_copies(plan: _Plan, refs: _Refs, unit: _Unit, i: Any, ids: tuple[Any, ...], start: Any) -> None:
+    """Calls ``start(copy, page)`` for each copy of a tile, of which ``ids`` are the first pages."""
     for c, page in enumerate(ids):
         start(c, page)
     if plan.copies > len(ids):
@@ -516,8 +626,8 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
         position = tile.base + unit.kv_len - unit.end  # of the tile's first row
         plgpu.barrier_wait(bars.q_full.at[wg])
         scale = plan.sm_scale * LOG2E
-        if refs.scales is not None:
-            scale = refs.scales[0] * scale
+        if refs.factors is not None:
+            scale = refs.factors[0] * scale
 
         def tile_body(i: Any, carry: Any) -> Any:
             acc, top, total = carry
@@ -530,13 +640,11 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
                 return ref[...]
 
             s = pl.run_scoped(scores, plgpu.ACC(shape, jnp.float32))
+            if plan.token_scales:
+                s = s * _of_keys(smem.scales[0, slot], shape)
             plgpu.barrier_arrive(bars.k_free.at[slot])
             if plan.tiling.separate_out:
-
-                @pl.when(i == unit.upper - 1)
-                def _() -> None:
-                    plgpu.barrier_arrive(bars.q_free)
-
+                pl.when(i == unit.upper - 1)(functools.partial(plgpu.barrier_arrive, bars.q_free))
             s, factor = _capped(plan, s, scale)
             s = _mask(plan, s, position - i * plan.tile_tokens)
             new_top = jnp.maximum(top, s.max(axis=1) * factor)
@@ -544,21 +652,18 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
             p = jnp.exp2(s * factor - lax.broadcast_in_dim(new_top, shape, [0]))
             acc = acc * lax.broadcast_in_dim(decay, (ROWS, dim), [0])
             total = total * decay + p.sum(axis=1)
+            if plan.token_scales:
+                plgpu.barrier_wait(bars.v_full.at[slot])
+                p = jnp.where(p > 0, p * _of_keys(smem.scales[1, slot], shape), 0.0)  # scales of no key may be NaN
             p = p.astype(plan.dtype)
             if plan.tiling.p_smem:
                 smem.p[wg] = p
                 plgpu.commit_smem()
             plgpu.barrier_arrive(bars.turn)
-            plgpu.barrier_wait(bars.v_full.at[slot])
+            if not plan.token_scales:
+                plgpu.barrier_wait(bars.v_full.at[slot])
             plgpu.barrier_wait(bars.turn)
-
-            def values(ref: Any) -> None:
-                plgpu.wgmma(ref, smem.p.at[wg] if plan.tiling.p_smem else p, smem.v.at[slot])
-
-            if plan.tiling.p_smem:
-                acc = acc + pl.run_scoped(lambda ref: (values(ref), ref[...])[1], plgpu.ACC((ROWS, dim), jnp.float32))
-            else:
-                acc = pl.run_state(values)(plgpu.ACC.init(acc))
+            acc = _add_values(acc, smem.p.at[wg] if plan.tiling.p_smem else p, smem.v.at[slot], in_place=not plan.tiling.p_smem)
             plgpu.barrier_arrive(bars.v_free.at[slot])
             return acc, new_top, total
 
@@ -583,9 +688,26 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
     plgpu.wait_smem_to_gmem(0)
 
 
+def _add_values(acc: Any, p: Any, v: Any, *, in_place: bool) -> Any:
+    """Returns ``acc + p @ v``."""
+    if in_place:
+        return pl.run_state(lambda ref: plgpu.wgmma(ref, p, v))(plgpu.ACC.init(acc))
+
+    def product(ref: Any) -> Any:
+        plgpu.wgmma(ref, p, v)
+        return ref[...]
+
+    return acc + pl.run_scoped(product, plgpu.ACC(acc.shape, jnp.float32))
+
+
 def _of_rows(x: Any) -> Any:
     """Returns a number for each row of a tile, laid out as a product's row sums."""
     return plgpu.layout_cast(jnp.full((ROWS,), x, jnp.float32), plgpu.Layout.WGMMA.reduce(1))
+
+
+def _of_keys(x: Any, shape: tuple[int, int]) -> Any:
+    """Repeats a number for each key over the rows of scores."""
+    return lax.broadcast_in_dim(plgpu.layout_cast(x, plgpu.Layout.WGMMA.reduce(0)), shape, [1])
 
 
 def _mask(plan: _Plan, s: Any, position: Any) -> Any:
@@ -623,8 +745,8 @@ def _finish(refs: _Refs, tile: _Tile, acc: Any, top: Any, total: Any) -> tuple[A
         top = new_top
     total = jnp.where(some, total, 1.0)
     inverse = 1.0 / total
-    if refs.scales is not None:
-        inverse = inverse * refs.scales[1]
+    if refs.factors is not None:
+        inverse = inverse * refs.factors[1]
     lse = jnp.where(some, top * (1 / LOG2E) + jnp.log(total), -jnp.inf)
     return acc * lax.broadcast_in_dim(inverse, acc.shape, [0]), lse
 
@@ -665,13 +787,12 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, end: Any, out_smem: Any, line_
         plgpu.copy_smem_to_gmem(lse_smem, refs.lse.at[tile.head, tile.slot])
 
 
-def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
+def _entry(plan: _Plan, has_sinks: bool, has_factors: bool, *refs: Any) -> None:
     """The kernel: allocates shared memory and parts the warpgroups."""
-    inputs = list(refs[:9])
-    extra = list(refs[9:-2])
-    sinks = extra.pop(0) if has_sinks else None
-    scales = extra.pop(0) if has_scales else None
-    named = _Refs(*inputs, sinks, scales, *refs[-2:])
+    others = list(refs[9:-2])
+    sinks = others.pop(0) if has_sinks else None
+    factors = others.pop(0) if has_factors else None
+    named = _Refs(*refs[:9], sinks, factors, others, *refs[-2:])
     tiling = plan.tiling
     swizzled = (plgpu.TilingTransform((8, _LANES)), plgpu.SwizzleTransform(128))
 
@@ -689,20 +810,26 @@ def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
     }
     if tiling.separate_out:
         smem["out"] = tile(*q_shape)
+    if plan.narrow:
+        halved = (plgpu.TilingTransform((8, _LANES)), plgpu.SwizzleTransform(64))
+        smem["raw"] = plgpu.SMEM((2, tiling.block_kv, plan.head_dim), plan.kv_dtype, transforms=halved)
+    if plan.token_scales:
+        smem["scales"] = plgpu.SMEM((2, tiling.stages, tiling.block_kv), jnp.float32)
     if tiling.p_smem:
         smem["p"] = tile(2, ROWS, tiling.block_kv)
     barriers = _Barriers(
         q_full=plgpu.Barrier(num_arrivals=1, num_barriers=2),
         q_free=plgpu.Barrier(num_arrivals=2),
-        k_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages),
-        v_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=tiling.stages + 1),
+        k_full=plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=tiling.stages),
+        v_full=plgpu.Barrier(num_arrivals=plan.arrivals, num_barriers=tiling.stages + 1),
         k_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         v_free=plgpu.Barrier(num_arrivals=2, num_barriers=tiling.stages),
         turn=plgpu.Barrier(num_arrivals=2),
+        raw_full=plgpu.Barrier(num_arrivals=plan.copies, num_barriers=2),
     )
 
     def body(buffers: dict[str, Any], bars: _Barriers) -> None:
-        buffers = {"out": buffers["q"], "p": None, **buffers}
+        buffers = {"out": buffers["q"], "p": None, "raw": None, "scales": None, **buffers}
         scratch = _Smem(**buffers)
         cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
 
@@ -721,7 +848,7 @@ def _entry(plan: _Plan, has_sinks: bool, has_scales: bool, *refs: Any) -> None:
 
 def prefill_attention(
     q: Float[Array, "T H D"],
-    kv_pages: Float[Array, "N B 2K D"],
+    kv_pages: Num[Array, "N B 2K D"],
     kv_lens: Int[Array, " S"],
     block_tables: Int[Array, "S P"],
     cu_q_lens: Int[Array, " S+1"],
@@ -733,15 +860,15 @@ def prefill_attention(
     sliding_window: int | None = None,
     soft_cap: float | None = None,
     sinks: Float[Array, " H"] | None = None,
-    k_scale: float | Float[Array, ""] | None = None,
-    v_scale: float | Float[Array, ""] | None = None,
+    k_scale: float | Float[Array, ""] | Float[Array, "N K B"] | None = None,
+    v_scale: float | Float[Array, ""] | Float[Array, "N K B"] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """Attends the tokens of the rows from ``first_row`` to ``end_row``; a token of any other row gets whatever memory held.
 
     Args:
         q: Query tokens, bfloat16 or float16; D a multiple of 64 up to 256.
-        kv_pages: The pool, of q's dtype; pages of a multiple of 8 tokens.
+        kv_pages: The pool, of q's dtype, float8_e4m3fn or int8; pages of a multiple of 8 tokens, of 32 with scales per token.
         kv_lens: Keys of each row.
         block_tables: Page ids of each row; all of them valid.
         cu_q_lens: Running sum of the rows' tokens.
@@ -752,8 +879,8 @@ def prefill_attention(
         sliding_window: Positions that a query sees.
         soft_cap: Bound of the scores.
         sinks: A score of each head that joins the sum.
-        k_scale: Positive scalar that stored keys are multiplied with.
-        v_scale: Scalar that stored values are multiplied with.
+        k_scale: What stored keys are multiplied with: a positive scalar, or float32 ``[N, K, B]`` for narrow pages.
+        v_scale: The same of values; of the same kind.
         tiling: Sizes; None for the default of D.
 
     Returns:
@@ -764,6 +891,7 @@ def prefill_attention(
     padded = -(-num_tokens // ROWS) * ROWS
     if padded != num_tokens:
         q = jnp.pad(q, ((0, padded - num_tokens), (0, 0), (0, 0)))
+    token_scales = k_scale is not None and jnp.ndim(k_scale) == 3
     plan = _Plan(
         num_tokens=padded,
         num_heads=num_heads,
@@ -771,23 +899,27 @@ def prefill_attention(
         head_dim=head_dim,
         page_size=kv_pages.shape[1],
         dtype=q.dtype,
+        kv_dtype=kv_pages.dtype,
+        token_scales=token_scales,
         sm_scale=sm_scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        tiling=tiling or default_tiling(head_dim),
+        tiling=tiling or default_tiling(head_dim, kv_pages.dtype.itemsize),
     )
     operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens]
     operands += [*(items[:2] if plan.paired_heads else items[2:4]), items.counts, items.first_slots]
     if sinks is not None:
         operands.append(sinks)
-    has_scales = k_scale is not None or v_scale is not None
-    if has_scales:
+    has_factors = not token_scales and (k_scale is not None or v_scale is not None)
+    if has_factors:
         operands.append(jnp.stack([jnp.asarray(1.0 if s is None else s, jnp.float32) for s in (k_scale, v_scale)]))
+    if token_scales:
+        operands += [k_scale, v_scale]
     capacity = items.rows.shape[0]
     # The grid has no more thread blocks than there can be units.
     max_units = capacity * plan.units_per_item * plan.num_kv_heads
     out, lse_tiles = plgpu.kernel(
-        functools.partial(_entry, plan, sinks is not None, has_scales),
+        functools.partial(_entry, plan, sinks is not None, has_factors),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
