@@ -335,6 +335,7 @@ def test_lowers_for_tpus(shape):
         (Shape(8, 2, page_size=24), "page size 24"),
         (Shape(8, 2, dtype="float16"), "queries of float16"),
         (Shape(8, 2, kv_dtype="float16"), "pages of float16"),
+        (Shape(64, 64, head_dim=256), "too much for VMEM"),
         (Shape(8, 1, kv_dtype="int8"), "1 key/value heads of int8"),
     ],
 )
@@ -364,6 +365,6 @@ def test_storage_head_dim_is_whole_lanes():
 
 
 def test_a_default_tiling_depends_on_the_batch_in_its_query_blocks_alone():
-    few, many = (tpu.default_tiling(t, 32, (9, 128, 16, 128), 2, 64) for t in (16, 4096))
+    few, many = (tpu.default_tiling(t, 32, 2, (9, 128, 16, 128), 2, 64) for t in (16, 4096))
     assert (few.single_block, few.block) == (many.single_block, many.block) == (512, 512)
-    assert few.query_block < many.query_block
+    assert (few.query_block, many.query_block) == (16, 256)

@@ -12,12 +12,11 @@ steps. Softmax maximum, sum and output sum are float32, whatever the pool is.
 
 What a row sees is cut into blocks at fixed positions, so its bits depend on its own keys and the static shapes only.
 
-Budget of VMEM, of which the kernels may use 48 MiB (tpu7x has 64 MiB, v5e and v6e 128 MiB). ``2K * D`` numbers a token; at 8 key/value
-heads of 128 in bfloat16 that is 4 KiB, so a block of 512 tokens takes 2 MiB and its two slots 4 MiB. The first kernel adds the scores,
-``[K * G, 512]`` float32, 0.1 MiB at G = 4. The second holds for a block of 256 query tokens of 32 heads 2 MiB each of q and of out, twice,
-4 MiB each of output sum, maximum and total: 20 MiB, the most that the default tiling allows. One row of q, out, maximum, total and sum
-takes ``20 * D + 1024`` bytes at most. Of HBM, a decode step reads K and V once: 2 MiB a block, 1.3 us at v6e's 1.6 TB/s and 2.6 us at
-v5e's 0.8; the compiler's schedule of a block for v6e has about 2000 instruction bundles, 1.2 us at 1.75 GHz if none stalls.
+Budget of VMEM, of which the kernels may use 48 MiB (tpu7x has 64 MiB, v5e and v6e 128 MiB): a token of 8 key/value heads of 128 in
+bfloat16 is 4 KiB, so a block of 512 tokens takes 2 MiB and its two slots 4 MiB. The first kernel adds the scores, ``[K * G, 512]``
+float32, 0.1 MiB at G = 4. The second holds, for 256 query tokens of 32 heads, q and out of 2 MiB each, twice, and 4 MiB each of output
+sum, maximum and total: 20 MiB, the most that the default tiling allows. Of HBM, a decode step reads K and V once, and a chunk reads
+those of its row once for each 256 query tokens (at 32 heads), so 1024 queries of a key/value head share each key.
 
 Block tables lie in SMEM, 1 MiB: 256 rows of 960 pages fit. Larger ones go to the XLA implementation, with a warning.
 
@@ -50,6 +49,9 @@ VMEM_LIMIT_BYTES = 48 * 1024 * 1024
 
 _SUBLANES = 8
 
+_MOST_TOKEN_BYTES = 32 * 1024
+"""Keys and values of one token: two slots of the smallest block of 256 then take 16 MiB."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Tiling:
@@ -79,7 +81,9 @@ def _clamp(x: int, low: int, high: int) -> int:
     return max(low, min(x, high))
 
 
-def default_tiling(num_tokens: int, num_q_heads: int, kv_shape: tuple[int, ...], kv_itemsize: int, table_width: int) -> Tiling:
+def default_tiling(
+    num_tokens: int, num_q_heads: int, q_itemsize: int, kv_shape: tuple[int, ...], kv_itemsize: int, table_width: int
+) -> Tiling:
     """Returns the tiling of a call, from shapes alone.
 
     KV blocks depend on the pool's shape and the width of the block tables only, so that a row's result does not depend on its batch.
@@ -87,6 +91,7 @@ def default_tiling(num_tokens: int, num_q_heads: int, kv_shape: tuple[int, ...],
     Args:
         num_tokens: T.
         num_q_heads: H.
+        q_itemsize: Bytes of one number of the queries.
         kv_shape: Shape of the pool.
         kv_itemsize: Bytes of one number of the pool.
         table_width: P.
@@ -98,7 +103,7 @@ def default_tiling(num_tokens: int, num_q_heads: int, kv_shape: tuple[int, ...],
     single_block = max(page_size, LANES, min(_clamp(fitting, 256, 2048), longest))
     block = max(page_size, LANES, min(_clamp(fitting, 256, 512), longest))
     # A query's head takes a row of q and of out, twice each, of the sum, and two rows of lanes for maximum and total.
-    row_bytes = head_dim * (4 * 4 + 4) + 2 * LANES * 4
+    row_bytes = head_dim * (4 * q_itemsize + 4) + 2 * LANES * 4
     most_rows = min(1024, 20 * 1024 * 1024 // (row_bytes * num_kv // 2))
     query_block = max(16, min(_power_below(most_rows // group), 256, _power_below(2 * num_tokens - 1)))
     query_part = max(16, min(_power_below(256 // group), query_block))
@@ -168,6 +173,8 @@ def unsupported(
     if scaled and page_size % LANES:
         return f"scales per token with a page size of {page_size}, not a multiple of {LANES}"
     packing = 4 // dtype.itemsize
+    if num_kv * head_dim * dtype.itemsize > _MOST_TOKEN_BYTES:
+        return f"{num_kv // 2} key/value heads of {head_dim} in {dtype} are too much for VMEM"
     if num_kv % packing or (num_kv // packing not in (1, 2, 4) and num_kv // packing % _SUBLANES):
         return f"{num_kv // 2} key/value heads of {dtype} do not fill whole tiles"
     return None
@@ -333,7 +340,7 @@ def _attend(
             soft_cap=soft_cap, sinks=sinks, k_scale=k_scale, v_scale=v_scale, return_lse=True,
         )  # fmt: skip
         return out, lse, kv_pages
-    tiling = tiling or default_tiling(num_tokens, num_q_heads, kv_pages.shape, kv_pages.dtype.itemsize, table_width)
+    tiling = tiling or default_tiling(num_tokens, num_q_heads, q.dtype.itemsize, kv_pages.shape, kv_pages.dtype.itemsize, table_width)
     scales = _page_scales(k_scale, v_scale, (num_pages, num_kv // 2, page_size))
     pages = PageShape(
         num_pages=num_pages, page_size=page_size, num_kv_heads=num_kv // 2, head_dim=head_dim, dtype=str(kv_pages.dtype),
