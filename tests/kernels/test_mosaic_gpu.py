@@ -1,7 +1,8 @@
 """The Hopper decode kernel: in jax's interpreter against the reference, with seeded faults, and lowered for CUDA. No GPU is needed.
 
-The interpreter simulates TMA, barriers and warpgroups, and looks for races between them. It cannot see a tile of K or V given back before
-the product that reads it is done, since it runs a wgmma at once: that order stands on reading the code.
+The interpreter simulates TMA, barriers and warpgroups, and looks for races between them. It sees an await left out (below), and hangs on a
+wrong number of arrivals. It cannot see a tile given back, or queries overwritten, before the product that reads them is done, since it
+runs a wgmma at once: that order stands on reading the code.
 """
 
 from __future__ import annotations
@@ -195,6 +196,34 @@ def test_fault_is_noticed(name):
     module = types.ModuleType(decode.__name__)
     exec(compile(SOURCE.replace(old, new), "mutant", "exec"), module.__dict__)
     assert error(module) > 2 * TOLERANCE["bfloat16"]
+
+
+# name: (text, what is left of it)
+UNAWAITED = {
+    "room in the ring": (
+        "pl.when(used + tile >= plan.tiling.stages)(functools.partial(plgpu.barrier_wait, ring.free.at[slot]))",
+        "pass",
+    ),
+    "a tile of V": (
+        "p = p.astype(plan.v_dtype)\n        plgpu.barrier_wait(ring.full.at[slot])",
+        "p = p.astype(plan.v_dtype)",
+    ),
+    "the store of the item before": ("plgpu.wait_smem_to_gmem(0, wait_read_only=True)\n    shared.lse", "shared.lse"),
+}
+
+
+@interpreted
+@pytest.mark.parametrize("name", UNAWAITED)
+def test_an_await_left_out_is_noticed(name):
+    old, new = UNAWAITED[name]
+    assert SOURCE.count(old) == 1
+    module = types.ModuleType(decode.__name__)
+    exec(compile(SOURCE.replace(old, new), "mutant", "exec"), module.__dict__)
+    case = make_case([1] * 3, [257, 70, 30], num_q_heads=2, num_kv_heads=1, head_dim=64, page_size=64, dtype="bfloat16")
+    tiling = tiling_of(case, num_ctas=1, stages=2)  # two items a stream, five tiles in a ring of two
+    run(case, tiling=tiling)
+    with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
+        run(case, module, tiling)
 
 
 # --- What every jax can check

@@ -16,7 +16,7 @@ into rings of K and V tiles, and one or two compute warpgroups ("streams"), each
     one TMA a page for V        wait for V;  [clear V behind the row's end];  O = O * decay + P V (wgmma);  V is free
 
 Where 64 tokens are several pages there are as many copies, and the barrier counts them; where they are part of a page, part of it
-is copied. A page is fetched from the interleaved pool as it lies, ``kv_pages[page, :, 2 * head]``: runs of D numbers, 128 to 512
+is copied. A page is fetched from the interleaved pool as it lies, ``kv_pages[page, :, 2 * head]``: runs of D numbers, 64 to 512
 bytes, which are whole sectors. Pages narrower than the queries (float8, int8) are widened tile by tile through registers into a second
 buffer, from which wgmma reads. Copies that lie behind a row's end fetch its last tokens again, so that their number is fixed.
 
