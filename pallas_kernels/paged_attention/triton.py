@@ -19,9 +19,10 @@ fixed size rather than a fixed number (thinking-machines-lab/batch_invariant_ops
 
 What limits it: a decode row of length L reads ``2 * L * K * D`` numbers of keys and values once, and does ``4 * L * H * D``
 operations: with G query heads a key/value head that is G operations a byte in bfloat16, far under what any of these GPUs needs to be
-bound by arithmetic, so decode is bound by memory. The partial results of a split are ``4 * (D + 2) * H`` bytes, written and read, beside the
-``4 * split * K * D`` that it reads: 1.6 % at G = 4 and 256 tokens. A prompt of L tokens does ``2 * L * L * H * D`` operations on the
-causal half, and each program reads its keys from the L2 cache: ``query_block * G`` operations a byte, bound by arithmetic.
+bound by arithmetic, so decode is bound by memory. The partial results of a split are ``4 * (D + 2) * H`` bytes, written and read,
+beside the ``4 * split * K * D`` that it reads: 1.6 % each way at G = 4 and 256 tokens. A prompt of L tokens does
+``2 * L * L * H * D`` operations on the causal half, and each program reads its keys from the L2 cache: ``query_block * G`` operations a
+byte, bound by arithmetic.
 
 What it does not do well: a short chunk of a long context is one program a key/value head and block, which walks through all of the
 context (only single-token rows are split); each step launches the kernel for other rows even if there are none, and its programs stop
@@ -33,7 +34,8 @@ are compiled for sm_80 and sm_89 by ``tests/kernels/compile_triton.py`` and for 
 Pallas' interpreter; none was ever run on a GPU.
 
 float8_e4m3fn is widened by integer operations, on all GPUs: Triton converts it from compute capability 8.9 on only, and for which
-device a call will be lowered cannot be asked here. It takes about five integer operations a number, where a conversion instruction takes half of one.
+device a call will be lowered cannot be asked here. It takes about five integer operations a number, where a conversion takes half of
+one.
 """
 
 from __future__ import annotations

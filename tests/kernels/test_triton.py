@@ -83,51 +83,57 @@ def test_more_splits_than_the_last_kernel_takes_at_once_and_positions_beyond_327
     tiling = dataclasses.replace(SMALL, single_tile=256, tile=256)
     assert triton.split_tokens(64, case.block_tables.shape[1]) == 1024
     check(case, tiling=tiling)
-    check(case, tiling=tiling, sliding_window=1100)
+
+
+def common_case(q_lens, kv_lens):
+    """Cases of the same shapes, so that one compiled program serves several tests."""
+    pages = sum(-(-length // 16) for length in kv_lens)
+    sizes = {"num_q_heads": 4, "head_dim": 16, "num_tokens": 128, "num_rows": 14, "table_width": 44}
+    return make_case(q_lens, kv_lens, **sizes, spare_pages=150 - pages)
+
+
+def one_row(case, q, length, table, *, is_single=False):
+    """The case of a single row, in the shapes of ``case``."""
+    queries, tables, kv_lens = np.full_like(case.q, np.nan), np.zeros_like(case.block_tables), np.zeros_like(case.kv_lens)
+    queries[: len(q)], tables[0], kv_lens[0] = q, table, length
+    cu_q_lens = np.array([0] + [len(q)] * len(kv_lens), np.int32)
+    distribution = np.array([is_single, is_single, 1], np.int32)
+    return dataclasses.replace(case, q=queries, block_tables=tables, kv_lens=kv_lens, cu_q_lens=cu_q_lens, distribution=distribution)
+
+
+WINDOW = 37  # in the middle of pages and tiles
 
 
 def test_bits_do_not_depend_on_rows_beside_nor_on_the_work_list():
-    case = make_case(Q_LENS, KV_LENS, head_dim=16, num_tokens=64, num_rows=14, num_q_heads=4)
-    out, lse = run(case, sliding_window=300)
-    sizes = {"num_tokens": 64, "page_size": 16, "table_width": case.block_tables.shape[1]}
+    case = common_case(Q_LENS, KV_LENS)
+    out, lse = run(case, sliding_window=WINDOW)
+    sizes = {"num_tokens": 128, "page_size": 16, "table_width": 44}
     work = triton.make_work_list(*map(jnp.asarray, (case.kv_lens, case.cu_q_lens, case.distribution)), **sizes)
-    assert np.array_equal(out, run(case, sliding_window=300, work=work)[0])
+    assert np.array_equal(out, run(case, sliding_window=WINDOW, work=work)[0])
     for row, length in enumerate(KV_LENS):
         start, end = case.cu_q_lens[row], case.cu_q_lens[row + 1]
-        q, tables, kv_lens = np.full_like(case.q, np.nan), np.zeros_like(case.block_tables), np.zeros_like(case.kv_lens)
-        q[: end - start], tables[0], kv_lens[0] = case.q[start:end], case.block_tables[row], length
-        alone = dataclasses.replace(
-            case,
-            q=q,
-            block_tables=tables,
-            kv_lens=kv_lens,
-            cu_q_lens=np.array([0] + [end - start] * 14, np.int32),
-            distribution=np.array([row < 7, row < 7, 1], np.int32),
-        )
-        got, got_lse = run(alone, sliding_window=300)
+        alone = one_row(case, case.q[start:end], length, case.block_tables[row], is_single=row < case.distribution[0])
+        got, got_lse = run(alone, sliding_window=WINDOW)
         assert np.array_equal(got[: end - start], out[start:end])
         assert np.array_equal(got_lse[: end - start], lse[start:end])
 
 
-@pytest.mark.parametrize("window", [None, 37])
-def test_bits_do_not_depend_on_chunks(window):
-    whole = make_case([100], [100], num_tokens=128, num_q_heads=4, head_dim=16)
-    want = run(whole, sliding_window=window)[0]
+def test_bits_do_not_depend_on_chunks():
+    whole = common_case([100], [100])
+    want = run(whole, sliding_window=WINDOW)[0]
     for start, end in ((0, 3), (3, 70), (70, 100)):
-        q = np.full_like(whole.q, np.nan)
-        q[: end - start] = whole.q[start:end]
-        part = dataclasses.replace(whole, q=q, kv_lens=np.array([end], np.int32), cu_q_lens=np.array([0, end - start], np.int32))
-        assert np.array_equal(run(part, sliding_window=window)[0][: end - start], want[start:end])
+        part = one_row(whole, whole.q[start:end], end, whole.block_tables[0])
+        assert np.array_equal(run(part, sliding_window=WINDOW)[0][: end - start], want[start:end])
 
 
 def test_pages_before_the_window_may_be_gone():
-    case = make_case([1, 1, 20], [300, 700, 100], head_dim=16, num_tokens=32)
+    case = common_case([1, 1, 20], [300, 700, 100])
     tables = case.block_tables.copy()
     spare = np.setdiff1d(np.arange(len(case.kv_pages)), case.block_tables)[0]
     assert np.isnan(case.kv_pages[spare]).all()
-    for row, first_seen in enumerate((300 - 50, 700 - 50, 80 - 50 + 1)):
+    for row, first_seen in enumerate((300 - WINDOW, 700 - WINDOW, 80 - WINDOW + 1)):
         tables[row, : first_seen // 16] = spare
-    check(dataclasses.replace(case, block_tables=tables), sliding_window=50)
+    check(dataclasses.replace(case, block_tables=tables), sliding_window=WINDOW)
 
 
 def items_of(case, block):
@@ -254,7 +260,6 @@ MUTANTS = {
     "window too wide": ("window", "where[None, :] > self.positions - shape", "where[None, :] >= self.positions - shape"),
     "keys as values": ("plain", "self._load(tokens + 1, in_use)", "self._load(tokens, in_use)"),
     "page tail not cleared": ("plain", "mask = jnp.broadcast_to(in_use[:, None],", "mask = jnp.broadcast_to(in_use[:, None] | True,"),
-    "old sums not rescaled": ("plain", "total * decay + jnp.sum(weights", "total + jnp.sum(weights"),
     "splits not rescaled": ("plain", "jnp.sum(accs * weights[:, None], axis=0)", "jnp.sum(accs, axis=0)"),
     "last split missed": ("plain", "valid = splits < count", "valid = splits < count - 1"),
     "split before the window summed up": ("window", "splits = first + turn", "splits = turn"),
@@ -265,21 +270,14 @@ MUTANTS = {
         "valid = (tokens < end_token) & (head",
         "valid = (tokens < start_token + query_block) & (head",
     ),
-    "another head's scale": (
-        "scales",
-        "shape.num_kv_heads + self.kv_head) * self.shape.page_size",
-        "shape.num_kv_heads) * self.shape.page_size",
-    ),
 }
-OPTIONS = {"plain": {}, "window": {"sliding_window": 290}, "scales": {}}
+OPTIONS = {"plain": {}, "window": {"sliding_window": 290}}
 
 
 @functools.cache
 def mutant_case(name):
     # the block of the last row but one ends where the last row starts
-    case = make_case(
-        [1, 1, 1, 5, 9], [64, 300, 600, 50, 300], head_dim=16, num_tokens=32, num_rows=6, kv_dtype="int8" if name == "scales" else None
-    )
+    case = make_case([1, 1, 1, 5, 9], [64, 300, 600, 50, 300], head_dim=16, num_tokens=32, num_rows=6)
     return case, some_sinks(case) if name == "window" else None
 
 
