@@ -8,14 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import warnings
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.mosaic_gpu.decode import decode_attention
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import Tiling as PrefillTiling
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import default_tiling as prefill_tiling
@@ -47,7 +45,7 @@ INTERPRETABLE = Tilings(interpretable=True)
 
 def _sizes(tiling: Tilings, head_dim: int, itemsize: int, kv_itemsize: int) -> tuple[DecodeTiling, PrefillTiling]:
     decode = tiling.decode or decode_tiling(head_dim, itemsize, kv_itemsize)
-    prefill = tiling.prefill or prefill_tiling(head_dim)
+    prefill = tiling.prefill or prefill_tiling(head_dim, kv_itemsize)
     if tiling.interpretable:
         decode = dataclasses.replace(decode, interpretable=True, num_ctas=2, combine_unroll=2)
         prefill = dataclasses.replace(prefill, p_smem=True, num_ctas=2)
@@ -117,19 +115,6 @@ def _num_singles(cu_q_lens: Int[Array, " S+1"], distribution: Int[Array, " 3"], 
     return distribution[0]
 
 
-def _attend_others_in_xla(
-    q: Array, kv_pages: Array, kv_lens: Array, block_tables: Array, cu_q_lens: Array, distribution: Array, **options: Any
-) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
-    """Attends the rows of several tokens where ``prefill.py`` cannot: over pages narrower than the queries. Says so once."""
-    warnings.warn(
-        f"paged attention: 'mosaic_gpu' has no prefill over pages of {kv_pages.dtype}; 'xla' serves its rows of several tokens",
-        RuntimeWarning,
-        stacklevel=4,
-    )
-    lens = jnp.where(jnp.arange(kv_lens.shape[0]) < distribution[0], 0, kv_lens)  # single-token rows cost nothing here
-    return xla.ragged_paged_attention(q, kv_pages, lens, block_tables, cu_q_lens, distribution, return_lse=True, **options)
-
-
 # Jitted, so that a model's layers share one trace; XLA inlines the calls.
 @functools.partial(jax.jit, static_argnames=("sm_scale", "sliding_window", "soft_cap", "return_lse", "tiling"))
 def ragged_paged_attention(
@@ -162,8 +147,6 @@ def ragged_paged_attention(
     num_singles = _num_singles(cu_q_lens, distribution, num_tokens)
     if work.prefill is None:
         others = (jnp.zeros(q.shape, q.dtype), jnp.full(q.shape[:2], -jnp.inf, jnp.float32))
-    elif kv_pages.dtype != q.dtype:
-        others = _attend_others_in_xla(q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, **options)
     else:
         rows = (num_singles, distribution[2], work.prefill)
         others = prefill_attention(q, kv_pages, kv_lens, block_tables, cu_q_lens, *rows, **options, tiling=sizes[1])
