@@ -137,13 +137,15 @@ def test_the_tiling_changes_at_most_the_order_of_the_merge(sizes):
 
 
 @interpreted
-def test_single_tokens_and_chunks_in_one_call():
-    case = make_case([1, 1, 9], [70, 17, 30], num_q_heads=2, num_kv_heads=1, head_dim=64, dtype="bfloat16", num_tokens=16, num_rows=5)
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
+def test_single_tokens_and_chunks_in_one_call(kv_dtype):
+    heads = {"num_q_heads": 2, "num_kv_heads": 1, "head_dim": 64, "dtype": "bfloat16", "kv_dtype": kv_dtype}
+    case = make_case([1, 1, 9], [70, 17, 30], page_size=32, num_tokens=16, num_rows=5, **heads)
     arrays = tuple(map(jnp.asarray, case.arguments))
-    work = mosaic_gpu.make_work_list(*arrays[2:3], *arrays[4:], num_tokens=16, page_size=16, table_width=case.block_tables.shape[1])
+    work = mosaic_gpu.make_work_list(*arrays[2:3], *arrays[4:], num_tokens=16, page_size=32, table_width=case.block_tables.shape[1])
     attend = functools.partial(mosaic_gpu.ragged_paged_attention, sm_scale=SCALE, return_lse=True, tiling=mosaic_gpu.INTERPRETABLE)
     with _interpreter("mosaic_gpu"):
-        out, lse = (np.asarray(x, np.float32) for x in attend(*arrays, work=work))
+        out, lse = (np.asarray(x, np.float32) for x in attend(*arrays, work=work, **case.scales))
     want, want_lse = run_reference(case, sm_scale=SCALE, return_lse=True)
     used = case.num_used
     assert relative_rms(out[:used], want[:used]) <= TOLERANCE["bfloat16"]
