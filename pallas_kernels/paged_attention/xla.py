@@ -49,21 +49,24 @@ class _Tiling:
         chunk_tokens: Key positions, rounded up to whole pages.
         scratch_bytes: Limit for the keys and values of one iteration; fewer rows, but two, are served together where they are more.
         by_row: Whether to gather several rows into a scratch array one by one.
+        together: Whether to gather K and V of a head as one run where queries are few. A TPU keeps the last two axes in tiles of
+            8 x 128, so that it would copy the whole pool to see such runs.
     """
 
     rows: int
     chunk_tokens: int
     scratch_bytes: int
     by_row: bool
+    together: bool
 
     def pages(self, page_size: int) -> int:
         """Returns the pages of a chunk."""
         return max(1, -(-self.chunk_tokens // page_size))
 
 
-_CPU_SINGLE = _Tiling(rows=4, chunk_tokens=64, scratch_bytes=512 * 1024, by_row=True)
-_ACCELERATOR = _Tiling(rows=64, chunk_tokens=256, scratch_bytes=256 * 1024 * 1024, by_row=False)
-_OTHER = _Tiling(rows=1, chunk_tokens=256, scratch_bytes=0, by_row=False)
+_CPU_SINGLE = _Tiling(rows=4, chunk_tokens=64, scratch_bytes=512 * 1024, by_row=True, together=True)
+_ACCELERATOR = _Tiling(rows=64, chunk_tokens=256, scratch_bytes=256 * 1024 * 1024, by_row=False, together=False)
+_OTHER = _Tiling(rows=1, chunk_tokens=256, scratch_bytes=0, by_row=False, together=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -162,7 +165,7 @@ def _attend(
     num_queries = block * group
     pages_per_chunk = tiling.pages(page_size)
     chunk = pages_per_chunk * page_size
-    few = num_queries <= FEW_QUERIES
+    few = tiling.together and num_queries <= FEW_QUERIES
 
     k_scale, v_scale = options.k_scale, options.v_scale
     scale = options.sm_scale * _whole(k_scale)
