@@ -56,7 +56,6 @@ ROWS = {
 CASES = [
     ("single", {}, {}),
     ("single", {"dtype": "bfloat16", "page_size": 128}, {"sliding_window": 100, "sinks": SINKS}),
-    ("mixed", {"num_tokens": 60, "num_rows": 8}, {}),
     ("mixed", {"dtype": "bfloat16"}, {"sliding_window": 130, "soft_cap": 5.0, "sinks": SINKS}),
     ("mixed", {"dtype": "bfloat16", "head_dim": 256, "page_size": 8}, {"sliding_window": 1}),
     ("chunk", {"page_size": 256, "num_q_heads": 4, "num_kv_heads": 2}, {"sliding_window": 50}),
@@ -269,10 +268,11 @@ MUTANTS = {
 @pytest.mark.parametrize("name", [None, *MUTANTS])
 def test_mutants_are_noticed(name, monkeypatch):
     """Each fault gives a wrong answer, NaN, a race or an error of the interpreter; none of it without the fault."""
-    case = make_case([1, 17], [200, 270], head_dim=128, num_q_heads=1, num_kv_heads=1, page_size=64)
+    # One token is the first kernel's alone; both share all that is broken here.
+    case = make_case([1], [270], head_dim=128, num_q_heads=1, num_kv_heads=1, page_size=64)
     kv, ids, offsets = new_tokens(case)
     want_pool = np.asarray(write_kv_pages(jnp.asarray(case.kv_pages), kv, ids, offsets))
-    options = {"sliding_window": 150, "sinks": SINKS[1:]}
+    options = {"sliding_window": 150, "sinks": 3 * SINKS[1:]}
     want = run_reference(dataclasses.replace(case, kv_pages=want_pool), sm_scale=0.1, **options)
     if name is not None:
         monkeypatch.setattr(*MUTANTS[name])
