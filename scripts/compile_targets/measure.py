@@ -71,9 +71,7 @@ def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) 
         if options:
             kernels += _triton_kernels(set(_TRITON_NAME.findall(text)), Path(directory))
     memory = compiled.memory_analysis()
-    warned = [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
-    notes = [message for message in warned if row.handed_on and row.handed_on in message]
-    problems = [message for message in warned if message not in notes]
+    problems = [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
     problems += _memory_problems(program, memory) + find_copies(text, program.layer_elements)
     if program.custom_call and program.custom_call not in text:
         problems.append(f"no call of {program.custom_call} in the compiled program: another implementation serves it")
@@ -86,7 +84,6 @@ def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) 
         alias_bytes=memory.alias_size_in_bytes,
         argument_bytes=memory.argument_size_in_bytes,
         kernels=tuple(sorted(kernels, key=lambda kernel: kernel.name)),
-        notes=tuple(dict.fromkeys(notes)),
         problems=tuple(problems),
     )
 

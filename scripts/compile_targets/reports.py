@@ -37,7 +37,6 @@ class Measured:
         seconds: Processor time of lowering and compiling, all threads: a busy machine changes it little.
         temp_bytes, alias_bytes, argument_bytes: As the compiler plans the device's memory.
         kernels: Ours, on GPUs.
-        notes: What another implementation serves, as the table expects.
         problems: Why the row is red; empty if it is green.
     """
 
@@ -46,7 +45,6 @@ class Measured:
     alias_bytes: int = 0
     argument_bytes: int = 0
     kernels: tuple[Kernel, ...] = ()
-    notes: tuple[str, ...] = ()
     problems: tuple[str, ...] = ()
 
 

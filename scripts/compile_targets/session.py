@@ -118,8 +118,7 @@ class _Worker:
             return self._died(time.monotonic() - started)
         fields = json.loads(answer)
         kernels = tuple(Kernel(**kernel) for kernel in fields.pop("kernels"))
-        texts = {name: tuple(fields[name]) for name in ("notes", "problems")}
-        return Measured(**{**fields, **texts, "kernels": kernels})
+        return Measured(**{**fields, "kernels": kernels, "problems": tuple(fields["problems"])})
 
     def kill(self) -> None:
         self._killed = True

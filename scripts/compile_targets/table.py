@@ -134,12 +134,6 @@ class Row:
         return f"{self.target} {self.program} {self.implementation} / {self.model} / {self.call} / {self.kv_dtype}"
 
     @property
-    def handed_on(self) -> str | None:
-        """Part of the one warning that belongs to the row, because its implementation leaves some of the work to another by design."""
-        narrow = self.kv_dtype in ("float8_e4m3fn", "int8")
-        return "'xla' serves its rows of several tokens" if narrow and self.implementation == "mosaic_gpu" else None
-
-    @property
     def attention(self) -> Attention:
         """The model's attention."""
         return next(model for model in MODELS if model.name == self.model)
