@@ -81,7 +81,6 @@ def test_right_and_without_races(rows, shape, options):
         {"num_q_heads": 4, "num_kv_heads": 2, "head_dim": 256},
         {"dtype": "bfloat16", "num_q_heads": 6, "num_kv_heads": 2},
         {"kv_dtype": "float8_e4m3fn", "num_q_heads": 4, "num_kv_heads": 4},
-        {"kv_dtype": "int8", "page_size": 128, "num_q_heads": 2, "num_kv_heads": 2},
     ],
 )
 def test_heads_as_words(shape):
@@ -188,9 +187,11 @@ def test_a_neighbours_nan_stays_there():
     assert np.isnan(got[~others]).all()
 
 
-def test_positions_beyond_32k():
+@pytest.mark.parametrize("window", [300, pytest.param(None, marks=pytest.mark.slow)])
+def test_positions_beyond_32k(window):
     case = make_case([1, 3], [33001, 33002], head_dim=128, num_q_heads=1, num_kv_heads=1, page_size=256)
-    assert_right(case, run(case, tiling=tpu.Tiling(2, 4096, 16, 16, 4096)))
+    options = {"sliding_window": window}
+    assert_right(case, run(case, tiling=tpu.Tiling(2, 4096, 16, 16, 4096), **options), **options)
 
 
 def test_rows_without_keys():
