@@ -64,8 +64,8 @@ CASES = {
     "rows of any length, chunks, single tokens": ([1, 70, 1, 9], [40, 130, 33, 9], {"num_tokens": 96, "num_rows": 6}, {}),
     "window, sinks": ([1, 50, 3], [20, 210, 140], {}, {"sliding_window": 50, "sinks": SINKS}),
     "soft cap, fp16, page 64": ([60, 3], [250, 3], {"page_size": 64, "dtype": "float16"}, {"soft_cap": 3.0}),
-    "odd group, page 40": ([1, 100, 20], [40, 140, 20], {"num_q_heads": 3, "page_size": 40, "num_tokens": 128}, {}),
-    "head dimension 256": ([1, 66], [4, 90], {"head_dim": 256, "num_tokens": 72}, {}),
+    "odd group, page 40": ([1, 80, 3], [40, 130, 3], {"num_q_heads": 3, "page_size": 40, "num_tokens": 88}, {}),
+    "head dimension 256": ([1, 20], [4, 90], {"head_dim": 256}, {}),
     "head dimension 256, several units a block": ([70], [70], {"head_dim": 256, "num_tokens": 70}, {"num_ctas": 1}),
     "head dimension 128, page 256": ([20, 28], [300, 28], {"head_dim": 128, "page_size": 256, "num_tokens": 50}, {}),
     "page 8, scales, two kv heads": (
