@@ -3,7 +3,7 @@
     pip install -e '.[aot]'
     python scripts/compile_check.py
     python scripts/compile_check.py --target H200 --only "attention mosaic_gpu / Llama-3-8B"
-    python scripts/compile_check.py --markdown > table.md
+    python scripts/compile_check.py --write docs/kernels.md
 
 A row is green if it compiles, its scratch memory is within the bound, the pages are updated in place and copied nowhere, and no
 GPU kernel of ours spills registers. Each row's line appears when it is done (on stderr with --markdown).
@@ -14,14 +14,32 @@ from __future__ import annotations
 
 import argparse
 import concurrent.futures
+import datetime
+import importlib.metadata
 import os
+import platform
 import sys
 import time
+from pathlib import Path
 
 from compile_targets.report import line, markdown
 from compile_targets.session import Session
 from compile_targets.table import rows
 from compile_targets.targets import TARGETS
+
+BEGIN, END = "<!-- compile_check: begin -->", "<!-- compile_check: end -->"
+
+
+def write_between_marks(page: Path, tables: str) -> None:
+    """Replaces what stands between the page's marks by the tables, and says when, where and with what they were made."""
+    before, _, rest = page.read_text(encoding="utf-8").partition(BEGIN)
+    _, found, after = rest.partition(END)
+    if not found:
+        raise ValueError(f"{page}: the marks {BEGIN} and {END} are missing")
+    packages = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    versions = ", ".join(f"{name} {packages[name]}" for name in ("jax", "libtpu", "nvidia-cuda-nvcc") if name in packages)
+    made = f"{datetime.date.today():%d %B %Y}, {versions}, {os.cpu_count()} cores of {platform.machine()}."
+    page.write_text(f"{before}{BEGIN}\n{made}\n\n{tables.rstrip()}\n{END}{after}", encoding="utf-8")
 
 
 def main() -> int:
@@ -32,6 +50,7 @@ def main() -> int:
     )
     parser.add_argument("--jobs", type=int, default=min(2, os.cpu_count() or 1), help="compilers at once (default: %(default)s)")
     parser.add_argument("--markdown", action="store_true", help="print the tables of docs/kernels.md on stdout")
+    parser.add_argument("--write", type=Path, metavar="PAGE", help="put the tables between the marks of a page: docs/kernels.md")
     parser.add_argument("--list", action="store_true", help="print the rows' names and compile nothing")
     arguments = parser.parse_args()
     chosen = [
@@ -55,6 +74,8 @@ def main() -> int:
     print(f"{len(results)} rows, {red} red, {time.monotonic() - started:.0f} s", file=progress)
     if arguments.markdown:
         print(markdown(results))
+    if arguments.write:
+        write_between_marks(arguments.write, markdown(results))
     return 1 if red else 0
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import compile_check
+import pytest
 from compile_targets.report import line, markdown
 from compile_targets.reports import Kernel, Measured, find_copies, read_ptxas
 from compile_targets.session import Session
@@ -91,3 +93,15 @@ def test_the_table_puts_the_chips_side_by_side():
     assert "| attention | mosaic_gpu | Llama-3-8B | decode 32 x 4k | bfloat16 | 164 | 0 | 0.5, 1.0 MiB | 0.7, 1.00 GiB | **red** |" in text
     assert line(rows[0], green).endswith("164r/0s            ok")
     assert line(rows[1], red).endswith("RED too large")
+
+
+def test_the_tables_go_between_the_marks_of_a_page(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(f"before\n{compile_check.BEGIN}\nold\n{compile_check.END}\nafter\n")
+    compile_check.write_between_marks(page, "| new |")
+    text = page.read_text()
+    assert text.startswith("before\n") and text.endswith(f"| new |\n{compile_check.END}\nafter\n")
+    assert "old" not in text
+    page.write_text("no marks\n")
+    with pytest.raises(ValueError, match="marks"):
+        compile_check.write_between_marks(page, "| new |")
