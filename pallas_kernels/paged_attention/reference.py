@@ -51,6 +51,8 @@ def ragged_paged_attention(
             position = int(kv_lens[row]) - (end - token)
             first = 0 if sliding_window is None else max(0, position - sliding_window + 1)
             seen = np.arange(first, position + 1)
+            if not seen.size:
+                continue  # no key: a sink alone sums up to nothing
             page_ids, offsets = block_tables[row, seen // page_size], seen % page_size
             kv = pages[page_ids, offsets].astype(np.float64)
             for head in range(q.shape[1]):
@@ -62,8 +64,6 @@ def ragged_paged_attention(
                     scores = soft_cap * np.tanh(scores / soft_cap)
                 sink = np.array([-np.inf if sinks is None else float(sinks[head])])
                 top = np.concatenate([scores, sink]).max()
-                if top == -np.inf:
-                    continue
                 weights = np.exp(scores - top)
                 total = weights.sum() + np.exp(sink[0] - top)
                 out[token, head] = weights @ values / total

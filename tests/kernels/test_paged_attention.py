@@ -141,6 +141,17 @@ def test_a_step_of_padding_alone_gives_zeros(subject):
     assert (lse == -np.inf).all()
 
 
+def test_a_token_without_a_key_gives_zeros_whatever_its_sink(subject):
+    case = subject.make_case([1, 1], [0, 20])
+    sinks = np.linspace(-1, 2, 6, dtype=np.float32)
+    out, lse = subject.run(case, sm_scale=SCALE, return_lse=True, sinks=sinks)
+    want, want_lse = run_reference(case, sm_scale=SCALE, return_lse=True, sinks=sinks)
+    assert not out[0].any()
+    assert (lse[0] == -np.inf).all()
+    assert (want_lse[0] == -np.inf).all()
+    assert relative_rms(out[1], want[1]) <= TOLERANCE[subject.dtype]
+
+
 def test_key_and_value_scales(subject):
     check(subject, subject.make_case([1, 1, 20], [70, 16, 33]), k_scale=np.float32(1.7), v_scale=np.float32(0.3))
 
