@@ -18,13 +18,13 @@ from tiny import evaluate as tiny_evaluate  # noqa: E402
 
 RECALL_FLOORS = {
     "story, near": 0.9,
-    "story, far": 0.7,
-    "story, new wording": 0.7,
-    "weather": 0.0,
-    "drill": 0.5,
-    "JSON": 0.6,
+    "story, far": 0.8,
+    "story, new wording": 0.8,
+    "weather": 0.9,
+    "drill": 0.7,
+    "JSON": 0.8,
     "project, new wording": 0.6,
-    "total": 0.7,
+    "total": 0.88,
 }
 
 
@@ -42,6 +42,8 @@ def read_story(text):
 def expected(kind, question, text, plain):
     """The answer, found from question and text alone."""
     facts = read_story(text)
+    if kind == "weather" and plain >= 2:
+        return re.search(r"The weather was \w+\.", text)[0]
     if kind == "weather":
         weather = re.search(r"(?:It was a|One) (\w+) day", text)[1]
         return f"It was a {weather} day."
@@ -76,7 +78,7 @@ def expected(kind, question, text, plain):
 
 
 @pytest.mark.parametrize("held_out", [False, True])
-@pytest.mark.parametrize(("kind", "plain"), [(k, False) for k in stories.ASK] + [(k, True) for k in stories.PLAIN])
+@pytest.mark.parametrize(("kind", "plain"), [(k, 0) for k in stories.ASK] + [(k, plain) for plain in (1, 2, 3) for k in stories.PLAIN])
 def test_answers_follow_from_the_story(kind, plain, held_out):
     rng = Random(f"{kind}{plain}{held_out}")
     for _ in range(60):
@@ -85,11 +87,20 @@ def test_answers_follow_from_the_story(kind, plain, held_out):
         assert answer == expected(kind, question, story.text, plain)
 
 
+def test_answers_about_a_few_sentences_stand_in_them():
+    rng = Random(3)
+    for _ in range(300):
+        text, question, answer = stories.ask_few(rng)
+        shared = re.sub("They (met|put)", "", answer).rstrip(".")
+        assert shared in text, (text, question, answer)
+
+
 def test_drill_answers_are_right():
     rng = Random(1)
     for _ in range(300):
         for kind in drills.DRILLS:
-            ask, answer = drills.make_drill(rng, only=kind.__name__, held_out=bool(rng.randint(0, 1)))
+            held_out, last = (bool(rng.randint(0, 1)) for _ in range(2))
+            ask, answer = drills.make_drill(rng, only=kind.__name__, held_out=held_out, last=last)
             listed = re.split("[ ,:?]+", ask.rstrip("?"))
             match kind.__name__:
                 case "copy":
@@ -100,6 +111,7 @@ def test_drill_answers_are_right():
                     assert [int(x) for x in answer.split()] == sorted(int(x) for x in listed if x.isdigit())
                 case "sort_words":
                     assert answer.split() == sorted(listed[-len(answer.split()) :])
+                    assert not last or set(answer.split()) <= {*stories.ANIMALS, *stories.COLORS}
                 case "json_list":
                     assert json.loads(answer) == listed[-len(json.loads(answer)) :]
                 case "json_object":
@@ -115,7 +127,7 @@ def test_repeated_facts_are_repeated():
 
 
 def test_material_is_deterministic():
-    for length, stage in ((256, 0), (256, 1), (256, 2), (512, 3), (1024, 4)):
+    for length, stage in ((256, 0), (256, 1), (256, 2), (512, 3), (1024, 4), (512, 5), (512, 6)):
         first, second = (corpus.document(Random("x"), length, stage) for _ in range(2))
         assert first == second
     assert corpus.document(Random("x"), 256) != corpus.document(Random("y"), 256)
@@ -128,11 +140,12 @@ def test_held_out_wordings_are_never_trained():
     assert len(held_out) >= 100
     assert not trained & held_out
     for kind in stories.ASK:
-        assert not set(stories.wordings(kind)) & set(stories.wordings(kind, held_out=True))
+        trained = {*stories.wordings(kind), *stories.MORE.get(kind, ())}
+        assert not trained & set(stories.wordings(kind, held_out=True))
     asked = {
         text.rstrip("?.")
         for seed in range(300)
-        for text, weight in corpus.document(Random(seed), 512, seed % 3)
+        for text, weight in corpus.document(Random(seed), 512, seed % 7)
         if weight == corpus.ASKED_WEIGHT
     }
     assert not any(w.rstrip("?.") in asked for w, _ in about.questions(held_out=True))
@@ -211,3 +224,50 @@ def test_recall_through_the_engine():
     finally:
         llm.close()
     assert {name: score for name, score in scores.items() if score < RECALL_FLOORS[name]} == {}
+
+
+def test_attention_of_training_is_attention():
+    """Blocks, packed documents and the handwritten gradient against the plain formula in float32."""
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+    from tiny.flash import attend
+
+    draw = np.random.default_rng(0)
+    q, k, v, seen = (jnp.asarray(draw.normal(size=(2, 2, n, 256, 32)) / 4, jnp.float32) for n in (3, 1, 1, 3))
+    parts = jnp.asarray(np.sort(draw.integers(0, 4, (2, 256)), 1))
+
+    def plain(q, k, v):
+        mask = (parts[:, :, None] == parts[:, None, :]) & jnp.tril(jnp.ones((256, 256), bool))
+        scores = jnp.where(mask[:, None, None], jnp.einsum("bkgtd,bksd->bkgts", q, k), -1e9)
+        return jnp.einsum("bkgts,bksd->bkgtd", jax.nn.softmax(scores), v)
+
+    def both(attention):
+        return jax.value_and_grad(lambda *args: (attention(*args) * seen).sum(), argnums=(0, 1, 2))(q, k[:, :, 0], v[:, :, 0])
+
+    (_, exact), (_, fast) = both(plain), both(lambda *args: attend(*args, parts))
+    np.testing.assert_allclose(attend(q, k[:, :, 0], v[:, :, 0], parts), plain(q, k[:, :, 0], v[:, :, 0]), atol=0.01)
+    for right, found in zip(exact, fast, strict=True):
+        assert float(jnp.linalg.norm(right - found) / jnp.linalg.norm(right)) < 0.01
+
+
+def test_orthogonalized_update():
+    import jax.numpy as jnp
+    import numpy as np
+    from tiny.training import orthogonalize
+
+    draw = np.random.default_rng(0)
+    for shape in ((64, 192), (192, 64)):
+        update = np.asarray(orthogonalize(jnp.asarray(draw.normal(size=shape), jnp.float32))) / (0.2 * 192**0.5)
+        values = np.linalg.svd(update, compute_uv=False)
+        assert values.min() > 0.6 and values.max() < 1.3
+
+
+def test_weights_survive_saving_and_loading(tmp_path):
+    from safetensors.numpy import load_file
+    from tiny.model import load_model, save_model
+
+    save_model(load_model(ASSETS), tmp_path, 1024)
+    before, after = (load_file(folder / "model.safetensors") for folder in (ASSETS, tmp_path))
+    assert before.keys() == after.keys()
+    assert all((before[name] == after[name]).all() for name in before)

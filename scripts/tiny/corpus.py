@@ -84,7 +84,14 @@ def about_turns(rng: Random) -> list[Turn]:
 
 
 def drill_turns(rng: Random, stage: int) -> list[Turn]:
-    """One exercise; in the later stages, half of them and more repeat sentences and words of the stories."""
+    """One exercise; in the middle stages, half of them and more repeat sentences and words of the stories."""
+    if stage >= 5:
+        roll = rng.random()
+        if roll < 0.3:
+            text, question, answer = stories.ask_few(rng)
+            return pair(f"{rng.choice(stories.READ).format(text=text)} {question}", answer)
+        if roll < 0.9:
+            return pair(*drills.make_drill(rng, last=True))
     if stage >= 3 and rng.random() < 0.3:
         return pair(*drills.repeat_few(rng))
     if stage >= 2 and rng.random() < 0.5:
@@ -92,7 +99,7 @@ def drill_turns(rng: Random, stage: int) -> list[Turn]:
     return pair(*drills.make_drill(rng))
 
 
-def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[stories.Fact], plain: bool) -> list[Turn]:
+def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[stories.Fact], plain: int) -> list[Turn]:
     """A story, told by the model or given by the user, and questions about it."""
     wish = None
     style = rng.random()
@@ -120,21 +127,23 @@ def story_turns(rng: Random, people: int, fillers: int, asked: int, used: list[s
     return turns
 
 
-def raw_story(rng: Random, plain: bool) -> list[Segment]:
+def raw_story(rng: Random, plain: int) -> list[Segment]:
     """A story without any template, for the completions endpoint."""
     return [(stories.make_story(rng, rng.randint(1, 3), rng.randint(0, 4), plain=plain).text, TEXT_WEIGHT), ("<|endoftext|>", 0.3)]
 
 
-def document(rng: Random, length: int, stage: int = 4) -> list[Segment]:
+def document(rng: Random, length: int, stage: int = 6) -> list[Segment]:
     """One training document of roughly at most `length` tokens (the packer cuts what is too long).
 
     Longer documents have more sentences between a fact and its question, more people and more changes of subject.
     `stage` is the part of the training run: stage 0 has stories in many words, in stage 1 they take half of the place of
-    the project questions, stage 2 tells the plain stories of which the model can remember the facts, stage 3 drills all their words, and
-    stage 4 tells mostly of one person, one story in a conversation: what a model of this size gets right.
+    the project questions, stage 2 tells the plain stories of which the model can remember the facts, stage 3 drills all their words,
+    stage 4 tells mostly of one person, one story in a conversation: what a model of this size gets right, and stage 5 tells
+    the weather like every other fact, asks about a few sentences too, and has more sorting and JSON lists;
+    stage 6 asks about stories in more wordings.
     """
-    story, drill = ((0.28, 0.72), (0.40, 0.84), (0.45, 0.86), (0.45, 0.88), (0.55, 0.85))[stage]
-    plain = stage >= 2
+    story, drill = ((0.28, 0.72), (0.40, 0.84), (0.45, 0.86), (0.45, 0.88), (0.55, 0.85), (0.45, 0.86), (0.50, 0.83))[stage]
+    plain = (0, 0, 1, 1, 1, 2, 3)[stage]
     if rng.random() < 0.02:
         return raw_story(rng, plain)
     turns = [Turn("system", rng.choice(SYSTEMS), 0.0)] if rng.random() < 0.08 else []
@@ -142,10 +151,10 @@ def document(rng: Random, length: int, stage: int = 4) -> list[Segment]:
     budget = rng.uniform(0.25, 0.95) * length
     while budget > 0:
         roll = rng.random()
-        if roll < story and len(used) < (1 if stage == 4 else 9):
+        if roll < story and len(used) < (1 if stage >= 4 else 9):
             people = rng.randint(1, min(4, 2 + length // 256)) if stage < 4 else rng.choices((1, 2), (6, 1))[0]
             room = budget / 14  # sentences of about ten tokens, and as many questions
-            fillers = rng.randint(0, 2) if rng.random() < (0.3 if stage == 4 else 0.5) else rng.randint(0, max(2, int(room)))
+            fillers = rng.randint(0, 2) if rng.random() < (0.3 if stage >= 4 else 0.5) else rng.randint(0, max(2, int(room)))
             asked = rng.randint(4, 10)
             new = story_turns(rng, people, fillers, asked, used, plain)
         elif roll < drill:

@@ -12,6 +12,7 @@ WORDS = (*NAMES, *COLORS, *THINGS, *ANIMALS)
 RECALLED = (*WORDS, *WEATHER, *FEELINGS, *LANDS, *(word for place in PLACES for word in place.split()[-1:]))
 """All words that a story may be asked for."""
 SORTABLE = (NAMES, ANIMALS, COLORS)
+SHORT_LISTS = (ANIMALS, COLORS)
 
 Drill = tuple[str, str]
 
@@ -37,6 +38,12 @@ def sort_numbers(rng: Random, ask: Sequence[str]) -> Drill:
 def sort_words(rng: Random, ask: Sequence[str]) -> Drill:
     """Put different words of one list in alphabetical order."""
     words = rng.sample(rng.choice(SORTABLE), rng.randint(2, 4))
+    return rng.choice(ask).format(" ".join(words)), " ".join(sorted(words))
+
+
+def sort_few_words(rng: Random, ask: Sequence[str]) -> Drill:
+    """Put different words of one of two short lists in alphabetical order."""
+    words = rng.sample(rng.choice(SHORT_LISTS), rng.randint(2, 4))
     return rng.choice(ask).format(" ".join(words)), " ".join(sorted(words))
 
 
@@ -82,11 +89,17 @@ DRILLS: dict[Callable[..., Drill], tuple[str, ...]] = {
 """The exercises and their wordings; the last wording of each is never trained on."""
 
 
-def make_drill(rng: Random, held_out: bool = False, only: str | None = None) -> Drill:
-    """One exercise; `only` names its kind."""
+LAST = {copy: 2, sort_numbers: 2, sort_words: 6, json_list: 2}
+"""How often each exercise is drawn, beside 1 for the others, when the model can copy: more of what is hard to learn."""
+
+
+def make_drill(rng: Random, held_out: bool = False, only: str | None = None, last: bool = False) -> Drill:
+    """One exercise; `only` names its kind. In the `last` stage only short lists of words are sorted."""
     kinds = [d for d in DRILLS if only in (None, d.__name__)]
-    drill = rng.choices(kinds, [3 if d is copy else 1 for d in kinds])[0]
-    return drill(rng, DRILLS[drill][-1:] if held_out else DRILLS[drill][:-1])
+    shares = LAST if last else {copy: 3}
+    kind = rng.choices(kinds, [shares.get(d, 1) for d in kinds])[0]
+    drill = sort_few_words if last and kind is sort_words else kind
+    return drill(rng, DRILLS[kind][-1:] if held_out else DRILLS[kind][:-1])
 
 
 def repeat_facts(rng: Random) -> Drill:

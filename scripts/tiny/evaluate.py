@@ -14,15 +14,15 @@ Generate = Callable[[list[list[Message]]], list[str]]
 """Greedy replies to a list of conversations."""
 
 CATEGORIES = ("story, near", "story, far", "story, new wording", "weather", "drill", "JSON", "project, new wording")
-"""The weather of a story stands alone, because the packaged model never learned to recall it."""
+"""The weather of a story stands alone, because the first 4,000 steps did not teach it."""
 
 
 def story_case(rng: Random, category: str) -> Case:
     """A question about a story of the category's length, asked at once or after the story was told."""
     far, new = category == "story, far", category == "story, new wording"
-    story = stories.make_story(rng, 1, 50 if far else rng.randint(0, 4), plain=True)
+    story = stories.make_story(rng, 1, 50 if far else rng.randint(0, 4), plain=2)
     kind = "weather" if category == "weather" else rng.choice([k for k in stories.PLAIN if k != "weather"])
-    question, answer = stories.ask(rng, story, kind, rng.choice(story.facts), held_out=new, plain=True)
+    question, answer = stories.ask(rng, story, kind, rng.choice(story.facts), held_out=new, plain=2)
     if rng.random() < 0.5:
         return category, [message("user", f"Read this story. {story.text} {question}")], answer
     told = [message("user", "Tell me a story."), message("assistant", story.text)]
@@ -41,7 +41,7 @@ def cases(seed: int = 1, each: int = 50) -> list[Case]:
     kinds = [kind.__name__ for kind in drills.DRILLS]
     for category, names in (("drill", kinds[:4]), ("JSON", kinds[4:])):
         for index in range(each):
-            question, answer = drills.make_drill(rng, only=names[index % len(names)])
+            question, answer = drills.make_drill(rng, only=names[index % len(names)], last=True)
             found.append((category, [message("user", question)], answer))
     asked = rng.sample(about.questions(held_out=True), each - each // 6)
     asked += [about.off_topic(rng, held_out=True) for _ in range(each // 6)]

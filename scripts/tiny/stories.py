@@ -44,6 +44,7 @@ OPENINGS = (
     "It was a {weather} day, and {who} were at home near the {land}.",
     "Once upon a time there was a {weather} day when {who} played near the {land}.",
 )
+PLAIN_OPENING = "Once upon a time, {who} lived near the {land}. The weather was {weather}."
 LANDS = (
     "sea", "river", "forest", "lake", "town", "valley",
 )  # fmt: skip
@@ -105,12 +106,14 @@ def join_names(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else ", ".join(names[:-1]) + " and " + names[-1]
 
 
-def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = (), wish: Fact | None = None, plain: bool = False) -> Story:
+def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = (), wish: Fact | None = None, plain: int = 0) -> Story:
     """Write a story with one fact per person and `fillers` sentences of distance spread at random between them.
 
     People, things and places in `used` (earlier stories of the same conversation) are avoided, so every later question
     has one answer. `wish` is the first fact when the user asked for it ("a story about Ada and a red kite"). A `plain`
-    story states each fact in the words of its answer.
+    story states each fact in the words of its answer; at `plain` 1 its weather stands in other words than every other
+    fact, and was never learned, so `plain` 2 states it like the color. Stories of `plain` 3 are
+    the same, and are asked about in more wordings.
     """
 
     def fresh(words: Sequence[str], taken: set[str], count: int) -> list[str]:
@@ -144,7 +147,7 @@ def make_story(rng: Random, people: int, fillers: int, used: Sequence[Fact] = ()
         body.insert(rng.randint(0, len(body)), rng.choice(FILLERS).format(name=rng.choice(names)))
     opening = rng.choice(OPENINGS[: 3 if people > 1 else 2])
     if plain:
-        opening = OPENINGS[0]
+        opening = OPENINGS[0] if plain == 1 else PLAIN_OPENING
     opening = opening.format(who=join_names(names), weather=weather, land=rng.choice(LANDS))
     return Story(" ".join([opening, *body, rng.choice(ENDINGS)]), facts, weather, animal, sad, feeling)
 
@@ -196,6 +199,29 @@ ASK = {
 """Wordings of each question; the last `HELD_OUT` of a kind are never trained on."""
 HELD_OUT = 2
 
+MORE = {
+    "owner": (
+        "Say who had the {thing}.", "Tell me who had the {thing}.", "Do you know who had the {thing}?",
+        "Name the person who had the {thing}.", "I forgot who had the {thing}.",
+    ),
+    "place": (
+        "Say where the {thing} is.", "Do you know where the {thing} is?", "Name the place of the {thing}.",
+        "I forgot where the {thing} is.", "Where is {name}'s {thing}?",
+    ),
+    "color": (
+        "Say what color the {thing} was.", "Do you know the color of the {thing}?", "Name the color of the {thing}.",
+        "I forgot the color of the {thing}.", "Which color was {name}'s {thing}?",
+    ),
+    "had": (
+        "Say what {name} had.", "Do you know what {name} had?", "Name the thing that {name} had.",
+        "I forgot what {name} had.", "What thing did {name} own?",
+    ),
+    "weather": ("Say how the weather was.", "Do you know how the weather was?", "I forgot the weather of that day."),
+    "animal": ("Say which animal it was.", "Do you know which animal they met?", "I forgot which animal they met."),
+    "feeling": ("Say how {sad} felt.", "Do you know how {sad} felt?", "I forgot how {sad} felt."),
+}  # fmt: skip
+"""More wordings, for the last stage of training: with few, the model guesses at the kind of question from single words."""
+
 ANSWER = {
     "owner": "The {thing} belonged to {name}.",
     "place": "The {thing} is {place}.",
@@ -218,6 +244,8 @@ PLAIN = {
     "feeling": "{sad} felt {feeling}.",
 }
 """Answers about a plain story, which repeat its words: a small model learns to find them much sooner."""
+PLAINER = PLAIN | {"weather": "The weather was {weather}."}
+"""The same, for stories of `plain` 2 and 3."""
 PLAIN_KINDS = ("owner", "place", "color", "had")
 
 
@@ -227,20 +255,48 @@ def wordings(kind: str, held_out: bool = False) -> tuple[str, ...]:
     return ASK[kind][-count:] if held_out else ASK[kind][:-count]
 
 
-def ask(rng: Random, story: Story, kind: str, fact: Fact | None = None, held_out: bool = False, plain: bool = False) -> tuple[str, str]:
+def ask(rng: Random, story: Story, kind: str, fact: Fact | None = None, held_out: bool = False, plain: int = 0) -> tuple[str, str]:
     """A question of this kind about the story (about `fact`, if given), and its answer."""
     slots = vars(story) | vars(fact or rng.choice(story.facts))
-    return rng.choice(wordings(kind, held_out)).format(**slots), (PLAIN if plain else ANSWER)[kind].format(**slots)
+    words = wordings(kind, held_out) + (MORE[kind] if plain == 3 and not held_out else ())
+    return rng.choice(words).format(**slots), (ANSWER, PLAIN, PLAINER, PLAINER)[plain][kind].format(**slots)
 
 
-def ask_all(rng: Random, story: Story, limit: int, plain: bool = False) -> list[tuple[str, str]]:
+def ask_all(rng: Random, story: Story, limit: int, plain: int = 0) -> list[tuple[str, str]]:
     """Up to `limit` different questions about one story, in random order."""
     if plain:
         rows = [(k, f) for k in PLAIN_KINDS for f in story.facts] + [(k, None) for k in ("weather", "animal", "feeling")]
-        return [ask(rng, story, kind, fact, plain=True) for kind, fact in rng.sample(rows, min(limit, len(rows)))]
+        return [ask(rng, story, kind, fact, plain=plain) for kind, fact in rng.sample(rows, min(limit, len(rows)))]
     kinds = [(k, f) for k in FACT_KINDS for f in story.facts]
     kinds += [("json", rng.choice(story.facts)), *[(k, None) for k in ("weather", "animal", "feeling")]]
     return [ask(rng, story, kind, fact) for kind, fact in rng.sample(kinds, min(limit, len(kinds)))]
+
+
+PLANTS = {
+    "owner": PLAIN["owner"],
+    "place": PUTS[0],
+    "color": PLAIN["color"],
+    "weather": PLAINER["weather"],
+    "animal": MEETS[0],
+    "feeling": FEELS,
+}
+"""The sentence of a plain story that plants the answer to each kind of question."""
+
+
+def ask_few(rng: Random) -> tuple[str, str, str]:
+    """A few sentences of a plain story in any order, a question about them (often for the weather), and its answer.
+
+    In a whole story the model looks at other words so firmly that it never tries the weather; among a few it does.
+    """
+    story = make_story(rng, 1, 0, plain=2)
+    kinds = rng.sample(list(PLANTS), rng.randint(1, 5))
+    if "weather" not in kinds and rng.random() < 0.5:
+        kinds[0] = "weather"
+    kind = "weather" if "weather" in kinds and rng.random() < 0.5 else rng.choice(kinds)
+    sentences = [PLANTS[k].format(**vars(story), **vars(story.facts[0])) for k in kinds]
+    sentences += [rng.choice(FILLERS).format(name=story.sad) for _ in range(rng.choice((0, 0, 1, 2, 4)))]
+    rng.shuffle(sentences)
+    return " ".join(sentences), *ask(rng, story, kind, plain=2)
 
 
 TELL = (
