@@ -22,6 +22,7 @@ from compile_targets.reports import Kernel, Measured, find_copies, read_ptxas
 from compile_targets.table import Row
 from compile_targets.targets import Target
 
+_KERNEL_HASH = re.compile(r'kernel_hash = "((?:[^"\\]|\\.)*)"')
 _TRITON_NAME = re.compile(r'custom_call_target="__gpu\$xla\.gpu\.triton".*? name = "([^"]+)"')
 
 
@@ -45,7 +46,7 @@ def processor_seconds() -> float:
     return sum(usage.ru_utime + usage.ru_stime for usage in usages)
 
 
-def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) -> Measured:
+def measure(row: Row, target: Target, device: Any, captured: Callable[[], str], reported: dict[frozenset[str], list[Kernel]]) -> Measured:
     """Compiles a row.
 
     Args:
@@ -53,6 +54,8 @@ def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) 
         target: For which chip.
         device: Its ``open_device``.
         captured: Returns what the process has printed since the last call; ptxas speaks there.
+        reported: What ptxas said of the Mosaic GPU kernels of earlier rows, by their hashes: within a process it compiles a
+            kernel once. This row's are added.
 
     Raises:
         Exception: The row does not compile.
@@ -68,6 +71,9 @@ def measure(row: Row, target: Target, device: Any, captured: Callable[[], str]) 
         seconds = processor_seconds() - started
         text = compiled.as_text()
         kernels = read_ptxas(captured())
+        hashes = frozenset(_KERNEL_HASH.findall(lowered.as_text()))
+        if hashes:
+            kernels = reported.setdefault(hashes, kernels)
         if options:
             kernels += _triton_kernels(set(_TRITON_NAME.findall(text)), Path(directory))
     memory = compiled.memory_analysis()

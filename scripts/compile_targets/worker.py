@@ -20,7 +20,7 @@ from pathlib import Path
 import jax
 
 from compile_targets.measure import measure, open_device, processor_seconds
-from compile_targets.reports import Measured
+from compile_targets.reports import Kernel, Measured
 from compile_targets.table import Row
 from compile_targets.targets import TARGETS
 
@@ -35,11 +35,12 @@ def main() -> None:
         os.dup2(printed.fileno(), 2)
         captured = _reader(printed.fileno())
         device = open_device(target)
+        reported: dict[frozenset[str], list[Kernel]] = {}
         for line in sys.stdin:
             row = Row(**json.loads(line))
             started = processor_seconds()
             try:
-                result = measure(row, target, device, captured)
+                result = measure(row, target, device, captured, reported)
             except Exception as error:  # whatever a compiler raises is the row's result
                 where = traceback.extract_tb(error.__traceback__)[-1]
                 said = " ".join(str(error).split())[:_MOST_OF_A_MESSAGE]
