@@ -112,18 +112,27 @@ def test_agrees_with_the_reference(name, row):
     check(SUBJECTS[name], case, q_dtype, sliding_window=window, soft_cap=row["soft_cap"], sinks=sinks)
 
 
-@pytest.mark.parametrize(
-    ("q_lens", "kv_lens", "num_tokens"),
-    [
-        ([1], [1], 1),
-        ([5], [5], 5),
-        ([3], [300], 4),
-        ([1] * 9, [15, 16, 17, 127, 128, 129, 63, 64, 65], 9),
-        ([15, 16, 17], [31, 32, 33], 64),
-        ([128, 129], [128, 257], 257),
-    ],
-)
-def test_page_chunk_and_block_edges(subject, q_lens, kv_lens, num_tokens):
+EDGES = {
+    "one key": ([1], [1], 1),
+    "one prompt": ([5], [5], 5),
+    "a chunk": ([3], [300], 4),
+    "decodes": ([1] * 9, [15, 16, 17, 127, 128, 129, 63, 64, 65], 9),
+    "chunks": ([15, 16, 17], [31, 32, 33], 64),
+    "query blocks": ([128, 129], [128, 257], 257),
+}
+
+
+def edges():
+    """Interpreters see most of them in the slow tests."""
+    for name in SUBJECTS:
+        for edge in EDGES:
+            slow = [pytest.mark.slow] if SUBJECTS[name].slow and edge not in ("decodes", "query blocks") else []
+            yield pytest.param(SUBJECTS[name], edge, marks=slow, id=f"{name}-{edge}".replace(" ", "_"))
+
+
+@pytest.mark.parametrize(("subject", "edge"), list(edges()))
+def test_page_chunk_and_block_edges(subject, edge):
+    q_lens, kv_lens, num_tokens = EDGES[edge]
     check(subject, subject.make_case(q_lens, kv_lens, num_tokens=num_tokens))
 
 
