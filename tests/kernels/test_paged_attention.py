@@ -260,14 +260,14 @@ def test_a_wrong_argument_is_noticed(subject, fault):
     """The tolerances see each of these: what they allow is less than one token of 200."""
     case = subject.make_case([1, 40], [200, 60])
     sinks = np.linspace(-1, 2, 6, dtype=np.float32)
-    options = {"sm_scale": SCALE, "sliding_window": 150 if fault == "window off by one" else None, "sinks": sinks}
+    options = {"sm_scale": SCALE, "sliding_window": 20 if fault == "window off by one" else None, "sinks": sinks}
     tables = case.block_tables.copy()
     tables[0, 3] = tables[1, 0]
     wrong, wrong_options = {
         "token missing": (dataclasses.replace(case, kv_lens=case.kv_lens - 1), {}),
         "keys and values swapped": (dataclasses.replace(case, kv_pages=case.kv_pages[:, :, [1, 0, 3, 2]]), {}),
         "wrong page": (dataclasses.replace(case, block_tables=tables), {}),
-        "window off by one": (case, {"sliding_window": 149}),
+        "window off by one": (case, {"sliding_window": 19}),
         "sink missing": (case, {"sinks": None}),
     }[fault]
     error = relative_rms(subject.run(wrong, **{**options, **wrong_options}), run_reference(case, **options))
