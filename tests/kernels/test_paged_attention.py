@@ -74,6 +74,10 @@ def subject(request):
     return subject
 
 
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) if SUBJECTS[name].slow else name for name in SUBJECTS]
+"""For tests that interpreters run among the slow ones: each has tests of the kind in its own file."""
+
+
 def check(subject, case, dtype=None, **options):
     if reason := subject.missing():
         pytest.skip(reason)
@@ -136,6 +140,7 @@ def test_page_chunk_and_block_edges(subject, edge):
     check(subject, subject.make_case(q_lens, kv_lens, num_tokens=num_tokens))
 
 
+@pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 def test_a_single_token_row_may_stand_among_the_others(subject):
     case = subject.make_case([1, 1, 1, 9], [30, 50, 1, 20], num_tokens=16)
     other = dataclasses.replace(case, distribution=np.array([0, 0, 4], np.int32))
@@ -161,10 +166,12 @@ def test_a_token_without_a_key_gives_zeros_whatever_its_sink(subject):
     assert relative_rms(out[1], want[1]) <= TOLERANCE[subject.dtype]
 
 
+@pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 def test_key_and_value_scales(subject):
     check(subject, subject.make_case([1, 1, 20], [70, 16, 33]), k_scale=np.float32(1.7), v_scale=np.float32(0.3))
 
 
+@pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 @pytest.mark.parametrize("window", [None, 100])
 def test_context_beyond_32768_positions(subject, window):
     if subject.slow and window is None:
@@ -172,6 +179,7 @@ def test_context_beyond_32768_positions(subject, window):
     check(subject, subject.make_case([1, 2], [33_001, 32_770], num_q_heads=2, num_kv_heads=1, page_size=64), sliding_window=window)
 
 
+@pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 def test_chunked_prefill_equals_unchunked(subject):
     whole = subject.make_case([150], [150])
     want = subject.run(whole, sm_scale=SCALE)
@@ -255,6 +263,7 @@ def test_table_entries_beyond_a_rows_end_may_be_any_page(subject):
     assert np.array_equal(subject.run(case, sm_scale=SCALE), subject.run(other, sm_scale=SCALE))
 
 
+@pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 @pytest.mark.parametrize("fault", ["token missing", "keys and values swapped", "wrong page", "window off by one", "sink missing"])
 def test_a_wrong_argument_is_noticed(subject, fault):
     """The tolerances see each of these: what they allow is less than one token of 200."""
