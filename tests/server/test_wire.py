@@ -1,5 +1,6 @@
 """Bytes on a real socket: framing attacks, slow clients, disconnects, clients that do not read."""
 
+import contextlib
 import json
 import re
 import socket
@@ -32,9 +33,10 @@ def wire():
 def exchange(server, data, *, timeout=5.0):
     """Sends bytes and returns all that comes back until the server closes or stays silent."""
     with server.connect() as connection:
-        connection.sendall(data)
         connection.settimeout(timeout)
         received = b""
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):  # the server may close before it has read all
+            connection.sendall(data)
         try:
             while chunk := connection.recv(65536):
                 received += chunk
