@@ -84,7 +84,7 @@ class RequestStream(AsyncIterator[TokenEvent]):
         self.request = request
         self._abort = abort
         self._unread: deque[TokenEvent] = deque()
-        self._open_samples = request.params.n
+        self._open_samples = request.params.num_sequences
         self._accepted = False
         self._error: JaxpagedError | None = None
         self._closed = False

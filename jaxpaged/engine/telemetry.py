@@ -218,7 +218,7 @@ class Telemetry:
     def added(self, request: Request) -> None:
         """Notes a request that was taken in."""
         arrival = request.arrival_s or self._clock()
-        for index in range(request.params.n):
+        for index in range(request.params.num_sequences):
             self._live[request.id, index] = _Times(len(request.prompt), arrival)
         self._observe("request_params_n", request.params.n)
         self._observe("request_params_max_tokens", request.max_tokens)

@@ -14,9 +14,10 @@ from typing import Any, Literal, TypeGuard
 
 from jaxpaged.errors import RequestError
 
-Kind = Literal["int", "float", "bool", "string", "int_list", "string_list", "bias_map"]
+Kind = Literal["int", "float", "bool", "string", "int_list", "string_list", "bias_map", "early_stopping"]
 
 MAX_LOGPROBS = 20
+MAX_BEAM_WIDTH = 10
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
 MAX_TOKEN_IDS = 1024
@@ -58,6 +59,8 @@ class Field:
                 return f"a number{span}"
             case "bool":
                 return "true or false"
+            case "early_stopping":
+                return 'true, false or "never"'
             case "string":
                 return "a string"
             case "int_list":
@@ -79,6 +82,23 @@ class Field:
 
 SAMPLING_FIELDS: tuple[Field, ...] = (
     Field("n", "int", "How many completions to generate.", default=1, low=1, high=128),
+    Field("best_of", "int", "Generate this many completions and return the n with the best mean log-probability.", low=1, high=128),
+    Field("use_beam_search", "bool", "Beam search instead of sampling.", default=False),
+    Field("beam_width", "int", "Beams that are kept at each token; n if not given.", low=1, high=MAX_BEAM_WIDTH),
+    Field(
+        "length_penalty",
+        "float",
+        "Exponent of the length that a beam's log-probability is divided by; above 0 favours longer beams.",
+        default=1.0,
+        low=-10.0,
+        high=10.0,
+    ),
+    Field(
+        "early_stopping",
+        "early_stopping",
+        "true: end as soon as beam_width beams have ended; false: as soon as no better one is likely; never: no better one is possible.",
+        default=False,
+    ),
     Field("max_tokens", "int", "Most tokens to generate.", default=None, low=1, high=2**31 - 1),
     Field("min_tokens", "int", "No end of sequence and no stop before this many tokens.", default=0, low=0, high=2**31 - 1),
     Field(
@@ -156,6 +176,8 @@ def _fits(field: Field, value: object) -> bool:
     match field.kind:
         case "bool":
             return isinstance(value, bool)
+        case "early_stopping":
+            return isinstance(value, bool) or value == "never"
         case "string":
             return isinstance(value, str)
         case "int":

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from jaxpaged.scheduling.request import FinishReason, Sequence
 
@@ -25,6 +27,9 @@ class Work:
         samples: Whether the row ends at the sequence's last token, so that the step samples the next one.
         new_slot: Whether the sequence got its slot in this very plan, so that the slot's state must be written first.
         num_output: Sampled tokens before this one, known or pending (for ``min_tokens``).
+        table_start: First entry of the block table (``sequence.page_ids``) that is new or another one since the slot's last row.
+        beam_score: Sum of the log-probabilities of the beam that the sequence is, in a row that asks for the next candidates of its
+            beam search; None in all others. Such rows of one request lie side by side and in the order of its beams.
     """
 
     sequence: Sequence
@@ -33,6 +38,8 @@ class Work:
     samples: bool
     new_slot: bool
     num_output: int
+    table_start: int = 0
+    beam_score: float | None = None
 
     @property
     def end(self) -> int:
@@ -50,6 +57,27 @@ class Work:
         return known + [FEEDBACK] * (self.num_new_tokens - len(known))
 
 
+class PageCopy(NamedTuple):
+    """A page that a step copies before it writes anything: copy-on-write."""
+
+    source: int
+    destination: int
+
+
+class Transfer(NamedTuple):
+    """Pages that move between the pool and host memory before a step copies and writes.
+
+    Attributes:
+        to_host: Direction: from the pool to the host, or back.
+        page_ids: Pages of the pool.
+        host_ids: Places in host memory, one per page; from 1, as page ids are.
+    """
+
+    to_host: bool
+    page_ids: tuple[int, ...]
+    host_ids: tuple[int, ...]
+
+
 @dataclasses.dataclass(frozen=True)
 class StepPlan:
     """What one step computes.
@@ -60,6 +88,8 @@ class StepPlan:
         num_tokens: Sum of the rows' new tokens.
         token_bucket: Padded T, one of the configured buckets, >= num_tokens.
         slot_bucket: Padded S, >= len(work).
+        transfers: Done first, in this order, each seeing what those before it left.
+        copies: Done next, all at once: no page is copied from and to; at most one per row.
     """
 
     step: int
@@ -67,6 +97,8 @@ class StepPlan:
     num_tokens: int
     token_bucket: int
     slot_bucket: int
+    transfers: tuple[Transfer, ...] = ()
+    copies: tuple[PageCopy, ...] = ()
 
     @property
     def num_decode(self) -> int:
@@ -91,6 +123,20 @@ class TokenLogprobs:
     top: tuple[tuple[int, float], ...] = ()
 
 
+class BeamCandidate(NamedTuple):
+    """One way to go on with a beam search.
+
+    Attributes:
+        parent: Which of the request's beams (by its place among the request's rows of the plan) goes on.
+        token_id: With which token.
+        score: Sum of the log-probabilities of the longer beam, float32.
+    """
+
+    parent: int
+    token_id: int
+    score: float
+
+
 @dataclasses.dataclass(frozen=True)
 class StepResult:
     """What the device said of one plan, read to the host.
@@ -100,11 +146,14 @@ class StepResult:
         logprobs: Per row, None where not asked for.
         prompt_logprobs: Per row, what the row's positions say of the prompt token that follows each of them; empty
             where not asked for.
+        beams: By request id, for each request with rows that have a ``beam_score``: the 2 * beam_width best candidates of all its
+            beams, best first (fewer where the vocabulary is smaller).
     """
 
     tokens: Seq[int]
     logprobs: Seq[TokenLogprobs | None] = ()
     prompt_logprobs: Seq[tuple[TokenLogprobs, ...]] = ()
+    beams: Mapping[str, tuple[BeamCandidate, ...]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,6 +170,8 @@ class TokenEvent:
         finish_reason: None while the sequence runs.
         stop_reason: The token id that ended it, when that was one of the client's ``stop_token_ids``.
         error: For people, when ``finish_reason`` is ERROR; ``error_code`` is ``numerical_error`` or ``internal_error``.
+        num_cached_tokens: Prompt tokens of the request that were found in the prefix cache when it was first admitted.
+        cumulative_logprob: Of a finished beam, the sum of its tokens' log-probabilities; None for other sequences.
     """
 
     request_id: str
@@ -132,3 +183,5 @@ class TokenEvent:
     stop_reason: int | None = None
     error: str | None = None
     error_code: str | None = None
+    num_cached_tokens: int = 0
+    cumulative_logprob: float | None = None

@@ -22,6 +22,11 @@ class SamplingParams:
     """
 
     n: int = 1
+    best_of: int | None = None
+    use_beam_search: bool = False
+    beam_width: int | None = None
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
     max_tokens: int | None = 16
     min_tokens: int = 0
     temperature: float = 1.0
@@ -56,6 +61,13 @@ class SamplingParams:
         """Whether the most likely token is always taken (temperatures below 1e-5 count as 0, as in vLLM)."""
         return self.temperature < 1e-5
 
+    @property
+    def num_sequences(self) -> int:
+        """How many sequences are generated, of which ``n`` are returned: the beams, or the samples."""
+        if self.use_beam_search:
+            return self.beam_width or self.n
+        return self.best_of or self.n
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Request:
@@ -68,6 +80,7 @@ class Request:
         eos_token_ids: Ids that end a sequence unless ``params.ignore_eos``.
         seed: 64-bit seed; drawn by the engine when the client gave none.
         arrival_s: Monotonic time of submission, in seconds.
+        tenant: Whose request it is; requests of different tenants never share a page through the prefix cache.
     """
 
     id: str
@@ -76,6 +89,7 @@ class Request:
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
     arrival_s: float = 0.0
+    tenant: str = ""
 
     @functools.cached_property
     def max_tokens(self) -> int:

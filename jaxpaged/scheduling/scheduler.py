@@ -193,7 +193,7 @@ class Scheduler:
             )
         if len(self.running) + len(self.waiting) >= self.max_num_seqs + self.max_waiting:
             raise QueueFull(f"{len(self.waiting)} sequences are waiting; try again later", retry_after_s=self._retry_after_s())
-        sequences = [Sequence(request, index, order=self._num_added + index) for index in range(request.params.n)]
+        sequences = [Sequence(request, index, order=self._num_added + index) for index in range(request.params.num_sequences)]
         self._num_added += len(sequences)
         self._requests[request.id] = sequences
         self.waiting.extend(sequences)
