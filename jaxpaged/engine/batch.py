@@ -117,7 +117,7 @@ def row_flags(params: SamplingParams) -> RowFlag:
         flags |= RowFlag.PENALTIES
     if params.logit_bias or params.allowed_token_ids is not None or params.bad_token_ids:
         flags |= RowFlag.BIAS
-    if params.logprobs is not None:
+    if params.logprobs is not None or params.best_of is not None:
         flags |= RowFlag.LOGPROBS
     if params.prompt_logprobs is not None:
         flags |= RowFlag.PROMPT_LOGPROBS
