@@ -10,11 +10,16 @@ from typing import Any
 
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.errors import RequestError
+from jaxpaged.scheduling.fields import SAMPLING_FIELDS
 from jaxpaged.scheduling.request import Request, SamplingParams
+
+_OF_SAMPLES = frozenset(field.name for field in SAMPLING_FIELDS if field.goes_with == "samples")
 
 
 def make_params(values: Mapping[str, Any], info: EngineInfo) -> SamplingParams:
     """Makes sampling parameters from the fields that a request gave; generation_config.json supplies defaults of the others.
+
+    Its sampling values say nothing about a beam search and are left out of one.
 
     Args:
         values: Fields by name; None counts as not given. ``max_tokens`` left out means the rest of the context.
@@ -24,11 +29,19 @@ def make_params(values: Mapping[str, Any], info: EngineInfo) -> SamplingParams:
         RequestError: A value does not fit.
     """
     given = {name: value for name, value in values.items() if value is not None}
-    return SamplingParams(**{"max_tokens": None, **info.default_sampling, **given})
+    searching = given.get("use_beam_search")
+    defaults = {name: value for name, value in info.default_sampling.items() if not (searching and name in _OF_SAMPLES)}
+    return SamplingParams(**{"max_tokens": None, **defaults, **given})
 
 
 def make_request(
-    prompt_token_ids: Sequence[int], params: SamplingParams, info: EngineInfo, *, request_id: str, prompt_param: str = "prompt"
+    prompt_token_ids: Sequence[int],
+    params: SamplingParams,
+    info: EngineInfo,
+    *,
+    request_id: str,
+    prompt_param: str = "prompt",
+    tenant: str = "",
 ) -> Request:
     """Checks a request against the model and completes it.
 
@@ -38,23 +51,25 @@ def make_request(
         info: Of the loaded engine.
         request_id: Unique; made by the server, never by the client.
         prompt_param: The field to name in errors about the prompt (``messages`` for chat).
+        tenant: Whose request it is, see ``Request``; made by the server, never by the client.
 
     Raises:
         RequestError: With code ``context_length_exceeded`` and both numbers, or naming the field whose ids are outside the
-            vocabulary, or that bans every token, or that asks for too many log-probabilities.
+            vocabulary, or that bans every token, or that asks for too many log-probabilities or for more sequences than a batch holds.
     """
     if len(prompt_token_ids) == 0:
         raise RequestError(f"{prompt_param} must hold at least one token", param=prompt_param)
     params = dataclasses.replace(params, max_tokens=_resolve_max_tokens(len(prompt_token_ids), params, info, prompt_param))
     _check_vocabulary(prompt_param, prompt_token_ids, info)
     _check_masks(params, info)
+    _check_num_sequences(params, info)
     for name in ("logprobs", "prompt_logprobs"):
         if (getattr(params, name) or 0) > info.max_logprobs:
             raise RequestError(f"{name} must be at most {info.max_logprobs} here; got {getattr(params, name)}", param=name)
     seed = params.seed if params.seed is not None else _draw_seed(info.seed, request_id)
     eos = tuple(token_id for token_id in info.eos_token_ids if token_id < info.model_config.vocab_size)
     prompt = tuple(int(token_id) for token_id in prompt_token_ids)
-    return Request(id=request_id, prompt=prompt, params=params, eos_token_ids=eos, seed=seed, arrival_s=time.monotonic())
+    return Request(id=request_id, prompt=prompt, params=params, eos_token_ids=eos, seed=seed, arrival_s=time.monotonic(), tenant=tenant)
 
 
 def _resolve_max_tokens(num_prompt: int, params: SamplingParams, info: EngineInfo, prompt_param: str) -> int:
@@ -98,6 +113,14 @@ def _check_masks(params: SamplingParams, info: EngineInfo) -> None:
     if len(bad) >= vocab or (allowed is not None and allowed <= bad):
         name = "bad_token_ids" if allowed is None else "allowed_token_ids"
         raise RequestError(f"{name} leaves no token that may be generated", param=name)
+
+
+def _check_num_sequences(params: SamplingParams, info: EngineInfo) -> None:
+    """Refuses a request whose sequences, which run together, can never be in one batch."""
+    if params.num_sequences > info.max_num_seqs:
+        name = "beam_width" if params.beam_width else "best_of" if params.best_of else "n"
+        message = f"{name} must be at most {info.max_num_seqs} here, the sequences of a batch (max_num_seqs); got {params.num_sequences}"
+        raise RequestError(message, param=name)
 
 
 def _draw_seed(engine_seed: int, request_id: str) -> int:

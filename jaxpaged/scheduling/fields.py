@@ -15,6 +15,7 @@ from typing import Any, Literal, TypeGuard
 from jaxpaged.errors import RequestError
 
 Kind = Literal["int", "float", "bool", "string", "int_list", "string_list", "bias_map", "early_stopping"]
+With = Literal["both", "samples", "beams"]
 
 MAX_LOGPROBS = 20
 MAX_BEAM_WIDTH = 10
@@ -37,6 +38,8 @@ class Field:
         low_open: Whether ``low`` itself is excluded.
         max_items: Longest list or map.
         nullable: Whether null is allowed (and means the default).
+        goes_with: What the field means something for: sampling, beam search, or both. Elsewhere it may only be neutral.
+        neutral: Values beside the default (and empty lists and maps) that ask for nothing.
     """
 
     name: str
@@ -48,6 +51,13 @@ class Field:
     low_open: bool = False
     max_items: int | None = None
     nullable: bool = True
+    goes_with: With = "both"
+    neutral: tuple[Any, ...] = ()
+
+    def asks(self, value: object) -> bool:
+        """Whether a value asks for anything."""
+        empty = isinstance(value, list | tuple | Mapping) and not value
+        return value is not None and not empty and value != self.default and value not in self.neutral
 
     def allowed(self) -> str:
         """Says in words what the field takes, for error messages and documentation."""
@@ -75,16 +85,23 @@ class Field:
         if value is None and self.nullable:
             return
         if not _fits(self, value):
-            shown = repr(value)
-            shown = shown if len(shown) <= 80 else shown[:77] + "..."
-            raise RequestError(f"{self.name} must be {self.allowed()}; got {shown}", param=self.name)
+            raise RequestError(f"{self.name} must be {self.allowed()}; got {_short(value)}", param=self.name)
 
 
 SAMPLING_FIELDS: tuple[Field, ...] = (
     Field("n", "int", "How many completions to generate.", default=1, low=1, high=128),
-    Field("best_of", "int", "Generate this many completions and return the n with the best mean log-probability.", low=1, high=128),
-    Field("use_beam_search", "bool", "Beam search instead of sampling.", default=False),
-    Field("beam_width", "int", "Beams that are kept at each token; n if not given.", low=1, high=MAX_BEAM_WIDTH),
+    Field(
+        "best_of",
+        "int",
+        "Generate this many completions, at least n, and return the n with the best mean log-probability per token.",
+        low=1,
+        high=128,
+        goes_with="samples",
+    ),
+    Field("use_beam_search", "bool", "Beam search instead of sampling: the n most likely texts that it finds.", default=False),
+    Field(
+        "beam_width", "int", "Beams that are kept at each token, at least n; n if not given.", low=1, high=MAX_BEAM_WIDTH, goes_with="beams"
+    ),
     Field(
         "length_penalty",
         "float",
@@ -92,12 +109,14 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
         default=1.0,
         low=-10.0,
         high=10.0,
+        goes_with="beams",
     ),
     Field(
         "early_stopping",
         "early_stopping",
         "true: end as soon as beam_width beams have ended; false: as soon as no better one is likely; never: no better one is possible.",
         default=False,
+        goes_with="beams",
     ),
     Field("max_tokens", "int", "Most tokens to generate.", default=None, low=1, high=2**31 - 1),
     Field("min_tokens", "int", "No end of sequence and no stop before this many tokens.", default=0, low=0, high=2**31 - 1),
@@ -108,12 +127,38 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
         default=1.0,
         low=0.0,
         high=2.0,
+        goes_with="samples",
+        neutral=(0,),
     ),
     Field(
-        "top_p", "float", "Keep the most likely tokens whose probabilities add up to this.", default=1.0, low=0.0, high=1.0, low_open=True
+        "top_p",
+        "float",
+        "Keep the most likely tokens whose probabilities add up to this.",
+        default=1.0,
+        low=0.0,
+        high=1.0,
+        low_open=True,
+        goes_with="samples",
     ),
-    Field("top_k", "int", "Keep this many most likely tokens; 0 or -1 keeps all.", default=0, low=-1, high=2**31 - 1),
-    Field("min_p", "float", "Drop tokens less likely than this share of the most likely one.", default=0.0, low=0.0, high=1.0),
+    Field(
+        "top_k",
+        "int",
+        "Keep this many most likely tokens; 0 or -1 keeps all.",
+        default=0,
+        low=-1,
+        high=2**31 - 1,
+        goes_with="samples",
+        neutral=(-1,),
+    ),
+    Field(
+        "min_p",
+        "float",
+        "Drop tokens less likely than this share of the most likely one.",
+        default=0.0,
+        low=0.0,
+        high=1.0,
+        goes_with="samples",
+    ),
     Field(
         "repetition_penalty",
         "float",
@@ -122,27 +167,58 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
         low=0.0,
         high=10.0,
         low_open=True,
+        goes_with="samples",
     ),
-    Field("presence_penalty", "float", "Subtracted from the logit of each token in the output.", default=0.0, low=-2.0, high=2.0),
-    Field("frequency_penalty", "float", "Subtracted once for each time the token is in the output.", default=0.0, low=-2.0, high=2.0),
-    Field("logit_bias", "bias_map", "Added to the logits of these token ids.", low=-100.0, high=100.0, max_items=MAX_TOKEN_IDS),
-    Field("allowed_token_ids", "int_list", "Only these ids may be generated.", low=0, high=2**31 - 1, max_items=2**17),
-    Field("bad_token_ids", "int_list", "These ids are never generated.", low=0, high=2**31 - 1, max_items=2**17),
+    Field(
+        "presence_penalty",
+        "float",
+        "Subtracted from the logit of each token in the output.",
+        default=0.0,
+        low=-2.0,
+        high=2.0,
+        goes_with="samples",
+    ),
+    Field(
+        "frequency_penalty",
+        "float",
+        "Subtracted once for each time the token is in the output.",
+        default=0.0,
+        low=-2.0,
+        high=2.0,
+        goes_with="samples",
+    ),
+    Field(
+        "logit_bias",
+        "bias_map",
+        "Added to the logits of these token ids.",
+        low=-100.0,
+        high=100.0,
+        max_items=MAX_TOKEN_IDS,
+        goes_with="samples",
+    ),
+    Field("allowed_token_ids", "int_list", "Only these ids may be generated.", low=0, high=2**31 - 1, max_items=2**17, goes_with="samples"),
+    Field("bad_token_ids", "int_list", "These ids are never generated.", low=0, high=2**31 - 1, max_items=2**17, goes_with="samples"),
     Field(
         "seed",
         "int",
         "Same seed, prompt and parameters give the same tokens, whatever else is in the batch.",
         low=-MAX_SEED - 1,
         high=MAX_SEED,
+        goes_with="samples",
     ),
-    Field("stop", "string_list", "Text that ends the output.", max_items=MAX_STOP_STRINGS),
+    Field("stop", "string_list", "Text that ends the output.", max_items=MAX_STOP_STRINGS, goes_with="samples"),
     Field("stop_token_ids", "int_list", "Ids that end the output.", low=0, high=2**31 - 1, max_items=MAX_TOKEN_IDS),
     Field("include_stop_str_in_output", "bool", "Keep the stop string in the text.", default=False),
     Field("ignore_eos", "bool", "Do not end at the model's end-of-sequence ids.", default=False),
     Field(
-        "logprobs", "int", "Also return the log-probabilities of this many most likely tokens at each position.", low=0, high=MAX_LOGPROBS
+        "logprobs",
+        "int",
+        "Also return the log-probabilities of this many most likely tokens at each position.",
+        low=0,
+        high=MAX_LOGPROBS,
+        goes_with="samples",
     ),
-    Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS),
+    Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS, goes_with="samples"),
     Field("skip_special_tokens", "bool", "Leave special tokens out of the text.", default=True),
 )
 
@@ -160,6 +236,34 @@ def check_sampling_fields(values: Mapping[str, object]) -> None:
         raise RequestError(f"min_tokens must not exceed max_tokens ({max_tokens}); got {min_tokens}", param="min_tokens")
     if values.get("allowed_token_ids") is not None and not values["allowed_token_ids"]:
         raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+    _check_company(values)
+    _check_counts(values)
+
+
+def _check_company(values: Mapping[str, object]) -> None:
+    """Refuses fields of sampling in a beam search, and fields of beam search elsewhere."""
+    searching = bool(values.get("use_beam_search"))
+    for field in SAMPLING_FIELDS:
+        value = values.get(field.name)
+        if field.goes_with == ("samples" if searching else "beams") and field.asks(value):
+            rule = "cannot be combined with use_beam_search" if searching else "needs use_beam_search"
+            raise RequestError(f"{field.name} {rule}; got {_short(value)}", param=field.name)
+
+
+def _check_counts(values: Mapping[str, Any]) -> None:
+    """Refuses to return more completions than are generated."""
+    n = values.get("n") or 1
+    for name in ("best_of", "beam_width"):
+        count = values.get(name)
+        if count is not None and count < n:
+            raise RequestError(f"{name} must be at least n ({n}); got {count}", param=name)
+    if values.get("use_beam_search") and n > MAX_BEAM_WIDTH:
+        raise RequestError(f"n must be at most {MAX_BEAM_WIDTH} with use_beam_search; got {n}", param="n")
+
+
+def _short(value: object) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
 def _span(field: Field) -> str:
