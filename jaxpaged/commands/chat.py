@@ -53,13 +53,12 @@ class LocalModel:
         try:
             async for event in stream:
                 delta = output.process(event)
-                if delta is None:
-                    continue
-                yield delta.text
-                if delta.error is not None:
-                    raise GenerationError(delta.error)
-                if delta.finish_reason is not None:
-                    return
+                for shown in () if delta is None else output.release(delta):
+                    yield shown.text
+                    if shown.error is not None:
+                        raise GenerationError(shown.error)
+                    if shown.finish_reason is not None:
+                        return
         finally:
             stream.close()
 

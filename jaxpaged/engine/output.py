@@ -1,4 +1,4 @@
-"""From the engine's token events to what a client reads: text deltas, stop strings, log-probabilities with their text."""
+"""From the engine's token events to what a client reads: text deltas, stop strings, log-probabilities with text, the best of several."""
 
 from __future__ import annotations
 
@@ -47,6 +47,8 @@ class Delta:
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; the delta that carries it is the sample's last.
         stop_reason: The stop string or stop token id of the request's own that ended it.
         error, error_code: Set when ``finish_reason`` is ``error``.
+        cumulative_logprob: Sum of the log-probabilities of all its tokens, where it decided that the sample is returned: a beam, or one of
+            the best of several. Else None.
     """
 
     index: int
@@ -58,27 +60,35 @@ class Delta:
     stop_reason: int | str | None = None
     error: str | None = None
     error_code: str | None = None
+    cumulative_logprob: float | None = None
 
 
 class OutputProcessor:
     """Turns the events of one request into deltas; keep one per request.
 
     Text is held back only while it may still become a stop string or the rest of a character. Events that arrive after a
-    sample has ended here (the engine runs one step ahead) give None.
+    sample has ended here (the engine runs one step ahead), and those of beams that are not returned, give None.
 
     Args:
         request: Whose events.
         tokenizer: Turns ids into text.
 
     Attributes:
-        num_prompt_tokens, num_output_tokens: For ``usage``; the output counts all samples.
+        num_prompt_tokens, num_output_tokens: For ``usage``; the output counts all samples, with ``best_of`` those too that are
+            not returned, and the beams that are returned.
+        num_cached_tokens: How many of the prompt's tokens were found in the prefix cache.
     """
 
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
+        params = request.params
         self.num_prompt_tokens = len(request.prompt)
         self.num_output_tokens = 0
+        self.num_cached_tokens = 0
+        self._n = params.n
         self._tokenizer = tokenizer
-        self._samples = [_Sample(request, tokenizer) for _ in range(request.params.n)]
+        self._show_logprobs = params.logprobs is not None
+        self._samples = [_Sample(request, tokenizer) for _ in range(params.n if params.use_beam_search else params.num_sequences)]
+        self._kept: list[list[Delta]] | None = [[] for _ in self._samples] if len(self._samples) > params.n else None
 
     @property
     def finished(self) -> bool:
@@ -86,11 +96,14 @@ class OutputProcessor:
         return all(sample.finished for sample in self._samples)
 
     def process(self, event: TokenEvent) -> Delta | None:
-        """Returns what the event means for the client, or None if nothing.
+        """Returns what the event says of its sample, or None if nothing. Which of it the client gets to see, and when, says ``release``.
 
         A delta with ``finish_reason`` set where ``event.finish_reason`` is None means that a stop string matched: the
         caller then aborts that sample in the engine (``abort(request.id, index)``).
         """
+        self.num_cached_tokens = max(self.num_cached_tokens, event.num_cached_tokens)
+        if event.index >= len(self._samples):
+            return None
         sample = self._samples[event.index]
         if sample.finished:
             return None
@@ -111,6 +124,41 @@ class OutputProcessor:
             stop_reason=stop_reason,
             error=event.error if stop is None else None,
             error_code=event.error_code if stop is None else None,
+            cumulative_logprob=event.cumulative_logprob,
+        )
+
+    def release(self, delta: Delta) -> Sequence[Delta]:
+        """Returns what the client gets to see, now that ``process`` returned ``delta``: that, but with ``best_of`` nothing for a long time.
+
+        The n samples with the best mean log-probability per token come when all have ended: whole, best first, numbered from 0.
+        """
+        if self._kept is None:
+            return (delta,)
+        self._kept[delta.index].append(delta)
+        if not self.finished:
+            return ()
+        whole = [self._joined(deltas) for deltas in self._kept]
+        prompt_logprobs = tuple(entry for sample in whole for entry in sample.prompt_logprobs)
+        best = sorted(whole, key=_mean_logprob, reverse=True)[: self._n]
+        return [
+            dataclasses.replace(
+                sample,
+                index=index,
+                logprobs=sample.logprobs if self._show_logprobs else (),
+                prompt_logprobs=prompt_logprobs if index == 0 else (),
+            )
+            for index, sample in enumerate(best)
+        ]
+
+    def _joined(self, deltas: Sequence[Delta]) -> Delta:
+        logprobs = tuple(entry for delta in deltas for entry in delta.logprobs)
+        return dataclasses.replace(
+            deltas[-1],
+            text="".join(delta.text for delta in deltas),
+            token_ids=tuple(token_id for delta in deltas for token_id in delta.token_ids),
+            logprobs=logprobs,
+            prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+            cumulative_logprob=sum(entry.logprob for entry in logprobs),
         )
 
     def _token_text(self, entry: TokenLogprobs) -> TokenText:
@@ -120,6 +168,13 @@ class OutputProcessor:
     def _one(self, token_id: int, logprob: float, rank: int) -> TokenText:
         finite = max(logprob, LEAST_LOGPROB) if logprob == logprob else LEAST_LOGPROB
         return TokenText(token_id, self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id), finite, rank)
+
+
+def _mean_logprob(sample: Delta) -> float:
+    """Returns what the best of several samples are chosen by; one that failed, was aborted or has no tokens comes last."""
+    if sample.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or not sample.logprobs:
+        return float("-inf")
+    return (sample.cumulative_logprob or 0.0) / len(sample.logprobs)
 
 
 class _Sample:
