@@ -16,6 +16,7 @@ from jaxtyping import Array, Float, Int
 from jaxpaged.config import ModelConfig
 from jaxpaged.errors import ConfigError
 from jaxpaged.state import KVPages, PagePool, StepInputs, init_pool
+from pallas_kernels.page_copy import copy_first_pages
 from pallas_kernels.paged_attention import implementations_on, make_work_list, ragged_paged_attention_update, resolve, storage_head_dim
 
 _CPU_STORES_AS = {"float8_e4m3fn": "uint8", "bfloat16": "uint16"}
@@ -63,6 +64,16 @@ def make_pool(
 def page_bytes(config: ModelConfig, page_size: int, dtype: DTypeLike | None = None, *, implementation: str = "auto") -> int:
     """Returns the bytes of one page in all layers of ``make_pool``'s pool: what is padded, and scales, included."""
     return jax.eval_shape(lambda: make_pool(config, 1, page_size, dtype, implementation=implementation)).num_bytes
+
+
+def copy_shared_pages(pool: PagePool, inputs: StepInputs) -> PagePool:
+    """Copies the pages that a step must not write to because others read them too, in all layers; the first thing that a step does.
+
+    Args:
+        pool: Pages; donated to the step, so that the copies are made in place.
+        inputs: Says which; none at all costs the look at their number.
+    """
+    return copy_first_pages(pool, inputs.copy_sources, inputs.copy_destinations, inputs.num_copies[0])
 
 
 @jax.tree_util.register_dataclass

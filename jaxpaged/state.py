@@ -24,6 +24,9 @@ NULL_PAGE = 0
 TOP_LOGPROBS = 20
 """Width of the top log-probabilities that a step returns."""
 
+MAX_BEAM_WIDTH = 10
+"""Most rows of one beam search; it goes on with the best of ``2 * MAX_BEAM_WIDTH = TOP_LOGPROBS`` candidates."""
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -79,6 +82,7 @@ class RowFlag(enum.IntFlag):
     SUPPRESS_STOP = 16
     LOGPROBS = 32
     PROMPT_LOGPROBS = 64
+    BEAM = 128
 
 
 class TokenFlag(enum.IntFlag):
@@ -105,8 +109,11 @@ class SamplingState:
     token_flags: Int[Array, "M V"]
 
 
-_INT_COLUMNS = ("kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high")
-_FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty")
+_INT_COLUMNS = (
+    *("kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high"),
+    *("beam_index", "copy_sources", "copy_destinations"),
+)
+_FLOAT_COLUMNS = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "beam_score")
 
 
 @jax.tree_util.register_dataclass
@@ -119,14 +126,14 @@ class StepInputs:
 
     Attributes:
         ints: int32, the concatenation of ``tokens``, ``positions``, ``targets`` [T each]; the columns ``kv_lens``,
-            ``prompt_lens``, ``slots``, ``flags``, ``top_k``, ``seed_low``, ``seed_high`` [S each]; ``cu_q_lens`` [S + 1];
-            ``distribution`` [3]; ``block_tables`` [S, P].
-        floats: float32 [6, S]: temperature, top_p, min_p, repetition, presence and frequency penalty.
+            ``prompt_lens``, ``slots``, ``flags``, ``top_k``, ``seed_low``, ``seed_high``, ``beam_index``, ``copy_sources``,
+            ``copy_destinations`` [S each]; ``cu_q_lens`` [S + 1]; ``distribution`` [3]; ``num_copies`` [1]; ``block_tables`` [S, P].
+        floats: float32 [7, S]: temperature, top_p, min_p, repetition, presence and frequency penalty, beam score.
         num_tokens, num_rows, table_width: T, S and P; static.
     """
 
     ints: Int[Array, " I"]
-    floats: Float[Array, "6 S"]
+    floats: Float[Array, "7 S"]
     num_tokens: int = dataclasses.field(metadata={"static": True})
     num_rows: int = dataclasses.field(metadata={"static": True})
     table_width: int = dataclasses.field(metadata={"static": True})
@@ -134,7 +141,7 @@ class StepInputs:
     @classmethod
     def zeros(cls, num_tokens: int, num_rows: int, table_width: int, *, max_num_seqs: int) -> StepInputs:
         """Returns inputs of this size that are all padding, as NumPy arrays to be filled through the views."""
-        size = 3 * num_tokens + len(_INT_COLUMNS) * num_rows + (num_rows + 1) + 3 + num_rows * table_width
+        size = 3 * num_tokens + len(_INT_COLUMNS) * num_rows + (num_rows + 1) + 4 + num_rows * table_width
         inputs = cls(np.zeros(size, np.int32), np.zeros((len(_FLOAT_COLUMNS), num_rows), np.float32), num_tokens, num_rows, table_width)
         inputs.slots[:] = max_num_seqs
         inputs.targets[:] = -1
@@ -286,6 +293,21 @@ class StepInputs:
         return self._column("seed_high")
 
     @property
+    def beam_index(self) -> Int[Array, " S"]:
+        """Place of a row with RowFlag.BEAM among the rows of its search, which lie side by side; 0 for the first."""
+        return self._column("beam_index")
+
+    @property
+    def copy_sources(self) -> Int[Array, " S"]:
+        """Pages to copy before anything is written, ``num_copies`` of them; never a destination of the same step."""
+        return self._column("copy_sources")
+
+    @property
+    def copy_destinations(self) -> Int[Array, " S"]:
+        """Where to."""
+        return self._column("copy_destinations")
+
+    @property
     def _tail(self) -> int:
         return 3 * self.num_tokens + len(_INT_COLUMNS) * self.num_rows
 
@@ -301,9 +323,15 @@ class StepInputs:
         return self.ints[start : start + 3]
 
     @property
-    def block_tables(self) -> Int[Array, "S P"]:
-        """Page ids of each row's sequence, padded with the null page."""
+    def num_copies(self) -> Int[Array, " 1"]:
+        """How many pages are copied, at most S."""
         start = self._tail + self.num_rows + 4
+        return self.ints[start : start + 1]
+
+    @property
+    def block_tables(self) -> Int[Array, "S P"]:
+        """Page ids of each row's sequence, padded with the null page. Pages that a sliding window has left behind are null too."""
+        start = self._tail + self.num_rows + 5
         return self.ints[start:].reshape(self.num_rows, self.table_width)
 
     @property
@@ -336,6 +364,11 @@ class StepInputs:
         """0 for none."""
         return self.floats[5]
 
+    @property
+    def beam_score(self) -> Float[Array, " S"]:
+        """Sum of the log-probabilities of the beam in a row with RowFlag.BEAM."""
+        return self.floats[6]
+
 
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
@@ -349,6 +382,7 @@ class StepOutput:
         top_ids, top_logprobs: [S, 20], most likely ids, best first, with their log-probabilities.
         prompt_logprobs, prompt_ranks: [T], of ``StepInputs.targets``; 0 unless RowFlag.PROMPT_LOGPROBS.
         prompt_top_ids, prompt_top_logprobs: [T, 20].
+        beam_parents, beam_tokens, beam_scores: [S, 20], see ``beam_candidates.Candidates``; 0 without RowFlag.BEAM.
     """
 
     tokens: Int[Array, " S"]
@@ -360,6 +394,9 @@ class StepOutput:
     prompt_ranks: Int[Array, " T"]
     prompt_top_ids: Int[Array, "T 20"]
     prompt_top_logprobs: Float[Array, "T 20"]
+    beam_parents: Int[Array, "S 20"]
+    beam_tokens: Int[Array, "S 20"]
+    beam_scores: Float[Array, "S 20"]
 
 
 def has_flag(flags: Int[Array, " S"], flag: RowFlag) -> Bool[Array, " S"]:

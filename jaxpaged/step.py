@@ -12,6 +12,8 @@ from functools import partial
 import jax
 import jax.numpy as jnp
 
+from jaxpaged.attention import copy_shared_pages
+from jaxpaged.beam_candidates import beam_candidates
 from jaxpaged.models.model import Model, Params
 from jaxpaged.sampling import greedy, prompt_logprobs, sample, sampled_logprobs
 from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, has_flag
@@ -25,7 +27,7 @@ def forward_step(
     Args:
         model: What to run; static under jit.
         params: Its weights.
-        pool: Pages; every cell that the step writes belongs to one row (the host guarantees it).
+        pool: Pages; every cell that the step writes, once its copies are made, belongs to one row (the host guarantees it).
         inputs: The step's work.
         sampling: What the slots remember; None for a step on its own: all its tokens are known, and it samples greedily.
         attention: Implementation of paged attention; static under jit.
@@ -36,6 +38,7 @@ def forward_step(
     inputs = jax.tree.map(jnp.asarray, inputs)  # NumPy arrays, where nothing traces
     if sampling is not None:
         inputs = _with_feedback(inputs, sampling)
+    pool = copy_shared_pages(pool, inputs)
     hidden, pool = model.hidden(params, pool, inputs, attention=attention)
     last = inputs.cu_q_lens[1:] - 1  # [S], the token that a row samples after
     logits = model.logits(params, hidden.at[last].get(mode="clip"))  # [S, V]
@@ -45,7 +48,8 @@ def forward_step(
         tokens, sampling = sample(logits, inputs, sampling)
     of_samples = sampled_logprobs(logits, tokens, inputs)
     of_prompts = prompt_logprobs(hidden, partial(model.logits, params), inputs)
-    return StepOutput(tokens, *of_samples, *of_prompts), pool, sampling
+    of_beams = beam_candidates(of_samples.top_ids, of_samples.top_logprobs, inputs)
+    return StepOutput(tokens, *of_samples, *of_prompts, *of_beams), pool, sampling
 
 
 jit_step = jax.jit(forward_step, static_argnames=("model", "attention"), donate_argnames=("pool", "sampling"))

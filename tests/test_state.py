@@ -13,7 +13,7 @@ from jaxpaged.scheduling.request import Request, SamplingParams, Sequence
 from jaxpaged.state import RowFlag, StepInputs
 
 VIEWS = ["tokens", "positions", "targets", "kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high"]
-VIEWS += ["cu_q_lens", "distribution", "block_tables"]
+VIEWS += ["beam_index", "copy_sources", "copy_destinations", "cu_q_lens", "distribution", "num_copies", "block_tables"]
 
 
 def make_work(slot: int, prompt: list[int], computed: int, pages: list[int], params: SamplingParams, seed: int) -> Work:

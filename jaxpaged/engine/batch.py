@@ -21,7 +21,7 @@ _SAMPLE_STRIDE = 0x9E3779B97F4A7C15
 class BatchBuilder:
     """Builds ``StepInputs``; mirrors what each slot's sequence needs in every step.
 
-    A slot's mirror is written when a plan says ``new_slot`` and its block table follows the sequence's append-only page list.
+    A slot's mirror is written when a plan says ``new_slot``, and its block table from where the plan says that it has changed.
 
     Args:
         page_size: B, token positions in a page.
@@ -35,7 +35,7 @@ class BatchBuilder:
         self.max_num_seqs = max_num_seqs
         self._tables = np.zeros((max_num_seqs, table_width), np.int32)
         self._held = [0] * max_num_seqs
-        self._floats = np.zeros((6, max_num_seqs), np.float32)
+        self._floats = np.zeros((6, max_num_seqs), np.float32)  # what does not change from step to step
         self._ints = np.zeros((4, max_num_seqs), np.int32)  # prompt_lens, top_k, seed_low, seed_high
         self._flags = [0] * max_num_seqs
         self._min_tokens = [0] * max_num_seqs
@@ -56,7 +56,7 @@ class BatchBuilder:
         inputs.slots[:count] = slots
         inputs.flags[:count] = flags
         inputs.prompt_lens[:count], inputs.top_k[:count], inputs.seed_low[:count], inputs.seed_high[:count] = self._ints[:, slots]
-        inputs.floats[:, :count] = self._floats[:, slots]
+        inputs.floats[: len(self._floats), :count] = self._floats[:, slots]
         inputs.block_tables[:count] = self._tables[slots]
         inputs.tokens[:num_decode] = first_tokens[:num_decode]
 
@@ -66,6 +66,11 @@ class BatchBuilder:
             at += work.num_new_tokens
         if (flags & RowFlag.PROMPT_LOGPROBS).any():
             _set_targets(inputs, plan)
+        if (flags & RowFlag.BEAM).any():
+            _set_beams(inputs, plan)
+        if plan.copies:
+            inputs.num_copies[:] = len(plan.copies)
+            inputs.copy_sources[: len(plan.copies)], inputs.copy_destinations[: len(plan.copies)] = zip(*plan.copies, strict=True)
         return inputs
 
     def _row(self, work: Work) -> tuple[int, int, int, int, int]:
@@ -75,10 +80,10 @@ class BatchBuilder:
             raise ValueError(f"sequence {sequence.request.id}[{sequence.index}] is planned without a slot")
         if work.new_slot:
             self._take_slot(slot, sequence)
-        pages = sequence.page_ids
-        held = self._held[slot]
-        if len(pages) != held:
-            self._tables[slot, held : len(pages)] = pages[held:]
+        pages, changed = sequence.page_ids, 0 if work.new_slot else work.table_start
+        if changed < len(pages) or len(pages) != self._held[slot]:
+            self._tables[slot, changed : len(pages)] = pages[changed:]
+            self._tables[slot, len(pages) : self._held[slot]] = 0
             self._held[slot] = len(pages)
         start, tokens = work.start, sequence.tokens
         flags = self._flags[slot]
@@ -86,6 +91,8 @@ class BatchBuilder:
             flags |= 1  # RowFlag.SAMPLES; enum arithmetic costs a microsecond each
             if work.num_output < self._min_tokens[slot]:
                 flags |= 16  # RowFlag.SUPPRESS_STOP
+        if work.beam_score is not None:
+            flags |= 160  # RowFlag.BEAM, and RowFlag.LOGPROBS for the most likely tokens
         if flags & 64 and start >= len(sequence.request.prompt) - 1:
             flags &= ~64  # RowFlag.PROMPT_LOGPROBS: nothing of the prompt follows
         return slot, start, work.num_new_tokens, flags, tokens[start] if start < len(tokens) else FEEDBACK
@@ -105,13 +112,13 @@ class BatchBuilder:
             params.frequency_penalty,
         )
         self._flags[slot] = int(row_flags(params))
-        self._min_tokens[slot] = params.min_tokens if request.stop_token_ids else 0
+        self._min_tokens[slot] = params.min_tokens if request.stop_token_ids and not params.use_beam_search else 0
 
 
 def row_flags(params: SamplingParams) -> RowFlag:
-    """Returns the flags that hold for every row of a sequence with these parameters."""
+    """Returns the flags that hold for every row of a sequence with these parameters; a beam draws nothing and picks its own tokens."""
     flags = RowFlag(0)
-    if not params.greedy:
+    if not params.greedy and not params.use_beam_search:
         flags |= RowFlag.RANDOM
     if params.repetition_penalty != 1.0 or params.presence_penalty != 0.0 or params.frequency_penalty != 0.0:
         flags |= RowFlag.PENALTIES
@@ -138,3 +145,17 @@ def _set_targets(inputs: StepInputs, plan: StepPlan) -> None:
             following = work.sequence.request.prompt[work.start + 1 : work.end + 1]
             at = int(inputs.cu_q_lens[row])
             inputs.targets[at : at + len(following)] = following
+
+
+def _set_beams(inputs: StepInputs, plan: StepPlan) -> None:
+    """Writes the scores of the rows that ask for the next candidates of their beam search, and their places in it."""
+    before: Request | None = None
+    index = 0
+    for row, work in enumerate(plan.work):
+        if work.beam_score is None:
+            before = None
+            continue
+        request = work.sequence.request
+        index = index + 1 if request is before else 0
+        before = request
+        inputs.beam_index[row], inputs.beam_score[row] = index, work.beam_score

@@ -20,10 +20,12 @@ from jax.typing import DTypeLike
 
 from jaxpaged.attention import make_pool
 from jaxpaged.engine.batch import BatchBuilder, row_flags
+from jaxpaged.engine.host_pages import HostPages
+from jaxpaged.engine.preemption import PreemptionCost
 from jaxpaged.models.model import Model, Params
 from jaxpaged.sampling import set_slot, slot_rows
 from jaxpaged.scheduling.buckets import slot_bucket
-from jaxpaged.scheduling.plan import StepPlan, StepResult, TokenLogprobs, Work
+from jaxpaged.scheduling.plan import BeamCandidate, StepPlan, StepResult, TokenLogprobs, Work
 from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_sampling_state
 from jaxpaged.step import forward_step
 
@@ -43,24 +45,44 @@ class InFlight:
         plan: What was dispatched.
         output: Device arrays, perhaps not computed yet.
         inputs: The host arrays; the device may read them until the step is done.
+        on_read: Called with the plan and the time of dispatch when the step is done.
     """
 
     plan: StepPlan
     output: StepOutput
     inputs: StepInputs
+    on_read: Callable[[StepPlan, float], None] = lambda plan, dispatched_at: None
+    dispatched_at: float = 0.0
 
     def read(self) -> StepResult:
-        """Waits for the step and returns what it says; log-probabilities are fetched only where a row asks for them.
+        """Waits for the step and returns what it says; log-probabilities and beams are fetched only where a row asks for them.
 
         Raises:
             Exception: Whatever the step raised on the device.
         """
         count = len(self.plan.work)
         tokens = np.asarray(self.output.tokens)[:count].tolist()
+        self.on_read(self.plan, self.dispatched_at)
         flags = np.asarray(self.inputs.flags[:count])
-        wanted, prompt_wanted = (flags & RowFlag.LOGPROBS) != 0, (flags & RowFlag.PROMPT_LOGPROBS) != 0
-        logprobs = self._read_logprobs(tokens, wanted) if wanted.any() else ()
-        return StepResult(tokens, logprobs, self._read_prompt_logprobs(prompt_wanted) if prompt_wanted.any() else ())
+        beams, prompt_wanted = (flags & RowFlag.BEAM) != 0, (flags & RowFlag.PROMPT_LOGPROBS) != 0
+        wanted = ((flags & RowFlag.LOGPROBS) != 0) & ~beams
+        return StepResult(
+            tokens,
+            self._read_logprobs(tokens, wanted) if wanted.any() else (),
+            self._read_prompt_logprobs(prompt_wanted) if prompt_wanted.any() else (),
+            self._read_beams(beams) if beams.any() else {},
+        )
+
+    def _read_beams(self, beams: np.ndarray) -> dict[str, tuple[BeamCandidate, ...]]:
+        out, index = self.output, self.inputs.beam_index
+        parents, ids, scores = (np.asarray(array) for array in (out.beam_parents, out.beam_tokens, out.beam_scores))
+        found = {}
+        for row in np.flatnonzero(beams & (index[: len(beams)] == 0)).tolist():
+            request = self.plan.work[row].sequence.request
+            triples = zip(parents[row].tolist(), ids[row].tolist(), scores[row].tolist(), strict=True)
+            best = [BeamCandidate(*triple) for triple in triples if triple[1] >= 0]
+            found[request.id] = tuple(best[: 2 * request.params.num_sequences])
+        return found
 
     def _read_logprobs(self, tokens: Sequence[int], wanted: np.ndarray) -> list[TokenLogprobs | None]:
         out = self.output
@@ -103,9 +125,12 @@ class Runner:
         token_buckets: Every T that a plan may have.
         kv_dtype: Of keys and values in the pages; default the model's.
         attention: Attention backend.
+        num_host_pages: Places for pages in host memory.
 
     Attributes:
         vocab_size: V; every id that a step samples is below it.
+        preemption: What moving pages and computing tokens cost, as measured here.
+        num_programs: Programs that ``warm_up`` compiled or found in the compile cache.
         compilations_after_ready: Programs compiled inside ``dispatch`` since ``warm_up`` ended; 0 if the buckets are right.
         cache_hits: Programs that warm-up found in the compile cache.
         compile_s: Seconds spent on tracing and compiling programs, waiting included.
@@ -123,6 +148,7 @@ class Runner:
         token_buckets: Sequence[int],
         kv_dtype: DTypeLike | None = None,
         attention: str = "auto",
+        num_host_pages: int = 0,
     ) -> None:
         self.model = model
         self.vocab_size = model.config.vocab_size
@@ -131,6 +157,8 @@ class Runner:
         self.max_num_seqs = max_num_seqs
         self.table_width = -(-max_model_len // page_size)
         self.token_buckets = tuple(token_buckets)
+        self.preemption = PreemptionCost()
+        self.num_programs = 0
         self.compilations_after_ready = 0
         self.compile_s = 0.0
         self.cache_hits = 0
@@ -146,6 +174,8 @@ class Runner:
         self._pool: PagePool | None = None
         self._sampling: SamplingState | None = None
         self._make_state()
+        self._host = HostPages(self.pool, num_host_pages)
+        self._read_at = 0.0
         jax.monitoring.register_event_duration_secs_listener(self._on_duration)
         jax.monitoring.register_event_listener(self._on_event)
 
@@ -157,14 +187,18 @@ class Runner:
         return self._pool
 
     def dispatch(self, plan: StepPlan) -> InFlight:
-        """Starts a step and returns without waiting for it.
+        """Starts a step and returns without waiting for it: first the plan's transfers, in their order, then the step with its copies.
 
         Raises:
             Exception: Whatever XLA raises; the pool may be gone then, ``reset`` before the next dispatch.
         """
         self._dispatching = (plan.token_bucket, plan.slot_bucket)
+        started = time.monotonic()
         try:
             inputs = self._batch.build(plan)
+            self._host.settle()
+            if plan.transfers:
+                self._pool = self._host.run(self.pool, plan.transfers)
             for work in plan.work:
                 if work.new_slot:
                     self._write_slot(work)
@@ -172,15 +206,21 @@ class Runner:
         finally:
             self._dispatching = None
         output.tokens.copy_to_host_async()
-        return InFlight(plan, output, inputs)
+        if any(work.beam_score is not None for work in plan.work):
+            for array in (output.beam_parents, output.beam_tokens, output.beam_scores):
+                array.copy_to_host_async()
+        return InFlight(plan, output, inputs, self._on_read, started)
 
     def reset(self) -> None:
         """Makes an empty pool and sampling state after a failed step, and runs one step of padding to see that the device works.
+
+        Pages that were on their way to the host are lost, and their places hold anything.
 
         Raises:
             Exception: It does not.
         """
         self._pool = self._sampling = None
+        self._host.forget()
         self._make_state()
         self._run(self._padding(self.token_buckets[0])).tokens.block_until_ready()
 
@@ -202,10 +242,15 @@ class Runner:
             except BaseException:
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
+        self.num_programs = len(self._programs) + self._host.compile(self.pool)
         self._warming = False
         self.compile_s += time.monotonic() - started
-        for bucket in self.token_buckets:
+        for bucket in (*self.token_buckets, self.token_buckets[-1]):  # the last one twice: the first run of a program is slow
+            started = time.monotonic()
             self._run(self._padding(bucket)).tokens.block_until_ready()
+        self.preemption.computed(self.token_buckets[-1], time.monotonic() - started)
+        self._pool, num_pages, seconds = self._host.measure(self.pool)
+        self.preemption.moved(num_pages, seconds)
         vocab = self.model.config.vocab_size
         self._set_slot(self.max_num_seqs, np.zeros(vocab, np.float32), np.zeros(vocab, np.int32))
         self.mark_ready()
@@ -268,6 +313,13 @@ class Runner:
 
     def _set_slot(self, slot: int, bias: np.ndarray, flags: np.ndarray) -> None:
         self._sampling = set_slot(self._sampling, np.int32(slot), bias, flags)
+
+    def _on_read(self, plan: StepPlan, dispatched_at: float) -> None:
+        """Times steps that compute much: what a token costs there is what it costs to compute a preempted sequence again."""
+        now = time.monotonic()
+        if not plan.transfers and 2 * plan.num_tokens >= self.token_buckets[-1] and plan.num_tokens > plan.num_decode:
+            self.preemption.computed(plan.num_tokens, now - max(dispatched_at, self._read_at))
+        self._read_at = now
 
     def _on_event(self, event: str, **_: object) -> None:
         self.cache_hits += event == _CACHE_HIT_EVENT and self._warming

@@ -7,6 +7,10 @@ from jaxtyping import Array, Int, Num
 
 from pallas_kernels.page_copy import reference, xla
 
+__all__ = ["IMPLEMENTATIONS", "copy_first_pages", "copy_pages"]
+
+copy_first_pages = xla.copy_first_pages
+
 IMPLEMENTATIONS = {"reference": reference.copy_pages, "xla": xla.copy_pages}
 
 

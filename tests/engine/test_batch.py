@@ -37,8 +37,8 @@ def test_a_mixed_step_is_laid_out_as_documented():
     assert inputs.block_tables.tolist() == [[3, 5, 0, 0, 0], [1, 2, 0, 0, 0], [0] * 5, [0] * 5]
     assert inputs.flags.tolist() == [RowFlag.SAMPLES | RowFlag.RANDOM, RowFlag.PENALTIES, 0, 0]
     assert inputs.top_k.tolist() == [7, 0, 0, 0]
-    np.testing.assert_allclose(inputs.floats[:, 0], [0.5, 0.9, 0.1, 1.0, 0.0, 0.0])
-    np.testing.assert_allclose(inputs.floats[:, 1], [0.0, 1.0, 0.0, 1.5, 0.25, -0.5])
+    np.testing.assert_allclose(inputs.floats[:, 0], [0.5, 0.9, 0.1, 1.0, 0.0, 0.0, 0.0])
+    np.testing.assert_allclose(inputs.floats[:, 1], [0.0, 1.0, 0.0, 1.5, 0.25, -0.5, 0.0])
     assert (inputs.targets == -1).all()
 
 

@@ -1,0 +1,88 @@
+"""The next candidates of beam searches, on the device: of all beams of a request, the best ways to go on with one token.
+
+Of each beam the 20 most likely tokens compete: twice the largest width, so that ``width`` candidates are left even if as many others end
+their text (Sutskever et al., "Sequence to sequence learning with neural networks", 2014, describe the search). A request's beams are rows
+side by side, so each row looks at those after it; that moves a few kilobytes, whatever the vocabulary.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from jaxpaged.state import MAX_BEAM_WIDTH, TOP_LOGPROBS, RowFlag, StepInputs, has_flag
+
+
+class Candidates(NamedTuple):
+    """The best ways to go on with each beam search, at its first row; zeros at other rows, and everywhere if there is no search.
+
+    Attributes:
+        parents: int32 [S, 20], which of the search's rows goes on, counted from its first; best candidate first.
+        token_ids: int32 [S, 20], with which token; -1 where there are no more candidates.
+        scores: float32 [S, 20], the row's ``beam_score`` plus the token's log-probability; among equals the lower parent is
+            first, then the lower token id.
+    """
+
+    parents: Int[Array, "S 20"]
+    token_ids: Int[Array, "S 20"]
+    scores: Float[Array, "S 20"]
+
+
+def beam_candidates(top_ids: Int[Array, "S 20"], top_logprobs: Float[Array, "S 20"], inputs: StepInputs) -> Candidates:
+    """Returns the candidates of the rows with RowFlag.BEAM; costs nothing if there are none.
+
+    Args:
+        top_ids: The most likely tokens of each row, best first; -1 past the vocabulary's end. As ``sampling.sampled_logprobs``
+            finds them for rows with RowFlag.LOGPROBS, which rows with RowFlag.BEAM must carry too.
+        top_logprobs: Their log-probabilities in the model's own distribution.
+        inputs: The step's flags, ``beam_index`` and ``beam_score``.
+    """
+    beams = has_flag(inputs.flags, RowFlag.BEAM)
+    return lax.cond(jnp.any(beams), lambda: _find(top_ids, top_logprobs, inputs, beams), lambda: _nothing(inputs.num_rows))
+
+
+def _nothing(rows: int) -> Candidates:
+    ids = jnp.zeros((rows, TOP_LOGPROBS), jnp.int32)
+    return Candidates(ids, ids, ids.astype(jnp.float32))
+
+
+def _find(ids: Int[Array, "S 20"], logprobs: Float[Array, "S 20"], inputs: StepInputs, beams: Bool[Array, " S"]) -> Candidates:
+    rows = inputs.num_rows
+    scores = inputs.beam_score[:, None] + logprobs
+    scores = jnp.where(ids >= 0, scores, -jnp.inf)
+    ids, scores = _by_score_and_id(ids, scores)
+
+    members = jnp.arange(MAX_BEAM_WIDTH, dtype=jnp.int32)
+    others = jnp.arange(rows, dtype=jnp.int32)[:, None] + members  # [S, 10]
+    index = inputs.beam_index.at[others].get(mode="fill", fill_value=-1)
+    same = (index == members) & beams.at[others].get(mode="fill", fill_value=False)
+    pool_ids = ids.at[others].get(mode="clip")  # [S, 10, 20]
+    pool_scores = jnp.where(same[:, :, None], scores.at[others].get(mode="clip"), -jnp.inf)
+
+    # The first among equals is the lower place: the lower parent, and of one parent the lower id.
+    best, places = lax.top_k(pool_scores.reshape(rows, -1), TOP_LOGPROBS)
+    found = jnp.take_along_axis(pool_ids.reshape(rows, -1), places, axis=1)
+    first = (beams & (inputs.beam_index == 0))[:, None]
+    valid = first & (best > -jnp.inf)
+    return Candidates(
+        jnp.where(valid, (places // TOP_LOGPROBS).astype(jnp.int32), 0),
+        jnp.where(valid, found, jnp.where(first, -1, 0)),
+        jnp.where(valid, best, jnp.where(first, -jnp.inf, 0.0)),
+    )
+
+
+def _by_score_and_id(ids: Int[Array, "S 20"], scores: Float[Array, "S 20"]) -> tuple[Int[Array, "S 20"], Float[Array, "S 20"]]:
+    """Sorts each row by score downwards, then by id upwards: two log-probabilities may round to one score.
+
+    Counts for each candidate how many are before it; there are few, and XLA takes long to compile a sort of two keys.
+    """
+    mine, other = scores[:, :, None], scores[:, None, :]
+    ahead = (other > mine) | ((other == mine) & (ids[:, None, :] < ids[:, :, None]))
+    earlier = jnp.arange(TOP_LOGPROBS) < jnp.arange(TOP_LOGPROBS)[:, None]
+    equal = (other == mine) & (ids[:, None, :] == ids[:, :, None])  # of padding only
+    ranks = jnp.sum(ahead | (equal & earlier), axis=-1)  # [S, 20]
+    chosen = ranks[:, None, :] == jnp.arange(TOP_LOGPROBS)[:, None]  # [S, place, candidate]
+    return jnp.sum(jnp.where(chosen, ids[:, None, :], 0), axis=-1), jnp.max(jnp.where(chosen, scores[:, None, :], -jnp.inf), axis=-1)

@@ -1,0 +1,238 @@
+"""Pages in host memory: swapped-out requests and the second tier of the prefix cache, moved to and from the pool between steps.
+
+A page of all layers lies in one run of host memory. On its way out it is gathered on the device, which a step may follow at once, and
+stored here when it has arrived or, at the latest, when somebody wants it back. So the order in which moves are asked for is the order
+in which they take effect, and nobody waits but for a page that is not here yet.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Int, Shaped
+
+from jaxpaged.scheduling.plan import Transfer
+from jaxpaged.state import PagePool
+
+_CHUNK_SIZES = (1, 4, 16)
+"""Pages that one program moves; a transfer is cut into these, the largest first, so that none moves padding."""
+_CHUNK_BYTES = 32 * 2**20
+"""Most bytes of a chunk of more than one page."""
+_MAX_CHUNKS = 8
+"""Chunks that may be on their way in one direction; each takes its bytes on the device until it has arrived."""
+_MEASURED_CHUNKS = 4
+
+Part = Shaped[Array, "C L ..."]
+"""Pages of all layers: C pages, L layers; keys and values, or scales."""
+
+
+class _Leaving(NamedTuple):
+    """Pages on their way to the host."""
+
+    host_ids: Int[np.ndarray, " C"]
+    parts: tuple[Any, ...]
+
+
+def staging_bytes(page_bytes: int) -> int:
+    """Returns the most device memory, in bytes, that pages on their way take beside the pool."""
+    return 2 * _MAX_CHUNKS * _chunk_sizes(page_bytes)[0] * page_bytes
+
+
+class HostPages:
+    """Holds pages in host memory, and moves them. Not thread-safe.
+
+    The operating system gives the memory when a page is first stored.
+
+    Args:
+        pool: Gives the shape of a page; not kept.
+        num_pages: Places, with ids from 1.
+
+    Attributes:
+        programs: The compiled moves, by direction and number of pages.
+    """
+
+    def __init__(self, pool: PagePool, num_pages: int) -> None:
+        self.num_pages = num_pages
+        self.chunk_sizes = _chunk_sizes(pool.num_bytes // pool.num_pages) if num_pages else ()
+        self.programs: dict[tuple[bool, int], Any] = {}
+        shapes = [(len(pool.layers), *array.shape[1:]) for array in jax.tree.leaves(pool.layers[0])]
+        dtypes = [array.dtype for array in jax.tree.leaves(pool.layers[0])]
+        self._stored = [_reserve(num_pages, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self._leaving: deque[_Leaving] = deque()
+
+    def compile(self, pool: PagePool) -> int:
+        """Compiles what is not compiled yet; returns how many programs there are."""
+        for size in self.chunk_sizes:
+            for to_host in (True, False):
+                if (to_host, size) not in self.programs:
+                    self.programs[to_host, size] = self._compile(pool, to_host=to_host, size=size)
+        return len(self.programs)
+
+    def run(self, pool: PagePool, transfers: Sequence[Transfer]) -> PagePool:
+        """Starts the moves, in order.
+
+        Args:
+            pool: Gone afterwards if a page comes back to it.
+            transfers: Pages of the pool and places of the host, all in range.
+
+        Returns:
+            The pool with the pages that came back.
+
+        Raises:
+            ValueError: A place does not exist, or a transfer is malformed.
+        """
+        returning = 0
+        for to_host, page_ids, host_ids in _joined(transfers):
+            self._check(page_ids, host_ids, pool.num_pages)
+            for at, size in self._cut(len(page_ids)):
+                pages, places = np.array(page_ids[at : at + size], np.int32), np.array(host_ids[at : at + size]) - 1
+                if to_host:
+                    self._send(pool, pages, places)
+                    continue
+                pool = self._bring(pool, pages, places)
+                returning += 1
+                if returning % _MAX_CHUNKS == 0:
+                    _wait(pool)
+        return pool
+
+    def settle(self, *, wait: bool = False) -> None:
+        """Stores the pages that have arrived; with ``wait``, all that are on their way."""
+        while self._leaving and (wait or all(part.is_ready() for part in self._leaving[0].parts)):
+            self._store_oldest()
+
+    def forget(self) -> None:
+        """Drops the pages that are on their way: the step that they follow has failed. Their places hold anything then."""
+        self._leaving.clear()
+
+    def measure(self, pool: PagePool) -> tuple[PagePool, int, float]:
+        """Times moves there and back, and overwrites what host memory holds.
+
+        Returns:
+            The pool, unchanged; pages moved; and seconds, with nothing else running.
+        """
+        if not self.chunk_sizes:
+            return pool, 0, 0.0
+        count = min(self.chunk_sizes[0] * _MEASURED_CHUNKS, self.num_pages, pool.num_pages)
+        pages, places = tuple(range(count)), tuple(range(1, count + 1))
+        seconds = 0.0
+        for _ in range(2):  # the first makes the operating system give the memory
+            _wait(pool)
+            started = time.perf_counter()
+            pool = self.run(pool, [Transfer(True, pages, places)])
+            self.settle(wait=True)
+            pool = self.run(pool, [Transfer(False, pages, places)])
+            _wait(pool)
+            seconds = time.perf_counter() - started
+        return pool, count, seconds
+
+    def _send(self, pool: PagePool, pages: Int[np.ndarray, " C"], places: Int[np.ndarray, " C"]) -> None:
+        if len(self._leaving) == _MAX_CHUNKS:
+            self._store_oldest()
+        parts = self._program(pool, to_host=True, size=len(pages))(pool, pages)
+        for part in parts:
+            part.copy_to_host_async()
+        self._leaving.append(_Leaving(places, parts))
+
+    def _bring(self, pool: PagePool, pages: Int[np.ndarray, " C"], places: Int[np.ndarray, " C"]) -> PagePool:
+        wanted = set(places.tolist())
+        awaited = [index for index, leaving in enumerate(self._leaving) if not wanted.isdisjoint(leaving.host_ids.tolist())]
+        for _ in range(awaited[-1] + 1 if awaited else 0):
+            self._store_oldest()
+        parts = tuple(stored[places] for stored in self._stored)  # copies: a device may alias NumPy's memory
+        returned: PagePool = self._program(pool, to_host=False, size=len(pages))(pool, pages, parts)
+        return returned
+
+    def _store_oldest(self) -> None:
+        leaving = self._leaving.popleft()
+        for stored, part in zip(self._stored, leaving.parts, strict=True):
+            stored[leaving.host_ids] = np.asarray(part)
+
+    def _program(self, pool: PagePool, *, to_host: bool, size: int) -> Any:
+        if (to_host, size) not in self.programs:
+            self.programs[to_host, size] = self._compile(pool, to_host=to_host, size=size)
+        return self.programs[to_host, size]
+
+    def _compile(self, pool: PagePool, *, to_host: bool, size: int) -> Any:
+        ids = np.zeros(size, np.int32)
+        if to_host:
+            return take_pages.lower(pool, ids).compile()
+        parts = tuple(np.zeros((size, *stored.shape[1:]), stored.dtype) for stored in self._stored)
+        return put_pages.lower(pool, ids, parts).compile()
+
+    def _cut(self, count: int) -> Iterator[tuple[int, int]]:
+        """Yields where each chunk begins and how many pages it has."""
+        at = 0
+        while at < count:
+            size = next(size for size in self.chunk_sizes if size <= count - at)
+            yield at, size
+            at += size
+
+    def _check(self, page_ids: Sequence[int], host_ids: Sequence[int], num_pages: int) -> None:
+        if len(page_ids) != len(host_ids):
+            raise ValueError(f"a transfer has {len(page_ids)} pages and {len(host_ids)} places")
+        if page_ids and not (0 <= min(page_ids) <= max(page_ids) < num_pages and 1 <= min(host_ids) <= max(host_ids) <= self.num_pages):
+            raise ValueError(f"pages must be in [0, {num_pages}), places in [1, {self.num_pages}]; got {page_ids}, {host_ids}")
+
+
+@jax.jit
+def take_pages(pool: PagePool, page_ids: Int[Array, " C"]) -> tuple[Part, ...]:
+    """Returns the keys and values of some pages in all layers and, where the pool has them, the scales."""
+    by_layer = [jax.tree.leaves(layer) for layer in pool.layers]
+
+    def take(array: Array) -> Array:
+        return array.at[page_ids].get(mode="promise_in_bounds")
+
+    return tuple(jnp.stack([take(array) for array in arrays], axis=1) for arrays in zip(*by_layer, strict=True))
+
+
+def _put_pages(pool: PagePool, page_ids: Int[Array, " C"], parts: tuple[Part, ...]) -> PagePool:
+    layers = []
+    for index, layer in enumerate(pool.layers):
+        arrays, structure = jax.tree.flatten(layer)
+        written = [array.at[page_ids].set(part[:, index], unique_indices=True) for array, part in zip(arrays, parts, strict=True)]
+        layers.append(jax.tree.unflatten(structure, written))
+    return PagePool(tuple(layers))
+
+
+put_pages = jax.jit(_put_pages, donate_argnums=0)
+"""Puts pages as ``take_pages`` returns them into a pool, in place."""
+
+
+def _wait(pool: PagePool) -> None:
+    """Waits for what was asked of the pool; one program writes all layers."""
+    pool.layers[0].kv.block_until_ready()
+
+
+def _chunk_sizes(page_bytes: int) -> tuple[int, ...]:
+    """Largest first; one page at least."""
+    return tuple(size for size in reversed(_CHUNK_SIZES) if size == 1 or size * page_bytes <= _CHUNK_BYTES)
+
+
+def _reserve(num_pages: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "H L ..."]:
+    """Zeros that take no memory until they are written to."""
+    count = num_pages * int(np.prod(shape)) * dtype.itemsize
+    return np.zeros(count, np.uint8).view(dtype).reshape(num_pages, *shape)
+
+
+def _joined(transfers: Sequence[Transfer]) -> Iterator[Transfer]:
+    """Joins neighbours of one direction that write to different pages: a chunk of many is cheaper than many chunks."""
+    joined: Transfer | None = None
+    for transfer in transfers:
+        if joined is not None and joined.to_host == transfer.to_host and _targets(joined).isdisjoint(_targets(transfer)):
+            joined = Transfer(joined.to_host, joined.page_ids + transfer.page_ids, joined.host_ids + transfer.host_ids)
+            continue
+        if joined is not None:
+            yield joined
+        joined = transfer
+    if joined is not None:
+        yield joined
+
+
+def _targets(transfer: Transfer) -> frozenset[int]:
+    return frozenset(transfer.host_ids if transfer.to_host else transfer.page_ids)
