@@ -1,4 +1,4 @@
-"""``jaxpaged serve | generate | chat | collect-env``: finds the command and runs it.
+"""``jaxpaged serve | generate | chat | memory | collect-env``: finds the command and runs it.
 
 Commands are loaded when used, so that ``jaxpaged --help`` does not wait for JAX.
 """
@@ -17,6 +17,7 @@ COMMANDS = {
     "serve": ("jaxpaged.commands.serve", "serve a model over OpenAI's HTTP API"),
     "generate": ("jaxpaged.commands.generate", "complete prompts offline"),
     "chat": ("jaxpaged.commands.chat", "chat in the terminal, with a model here or a running server"),
+    "memory": ("jaxpaged.commands.memory", "show how much K/V memory paging saves on a workload"),
     "collect-env": ("jaxpaged.commands.collect_env", "print versions and devices for a bug report"),
 }
 

@@ -10,6 +10,7 @@ import zipfile
 NEEDED = (
     "jaxpaged/__init__.py",
     "jaxpaged/configs/",
+    "jaxpaged/memory/page.css",
     "jaxpaged/assets/tiny/config.json",
     "jaxpaged/assets/tiny/model.safetensors",
     "jaxpaged/assets/tiny/tokenizer.json",
