@@ -1,4 +1,4 @@
-"""The engine in a thread of its own behind two methods, ``submit`` and ``abort``.
+"""The engine in a thread of its own behind three methods, ``submit``, ``abort`` and ``reset_prefix_cache``.
 
 Only frozen data crosses between the threads: requests and aborts go in through one inbox, token events come out with one
 call per step into the event loop. Nothing here would change if the thread became a process.
@@ -56,17 +56,25 @@ class _Abort:
 
 
 @dataclasses.dataclass(frozen=True)
+class _ResetCache:
+    """Forget all earlier prompts, and say so."""
+
+    number: int
+
+
+@dataclasses.dataclass(frozen=True)
 class _Wake:
     """Only makes the thread look at its flags."""
 
 
 @dataclasses.dataclass(frozen=True)
 class _News:
-    """What one turn of the thread has to tell the event loop: requests taken in, requests refused, token events."""
+    """What one turn of the thread has to tell the event loop: requests taken in, requests refused, token events, resets done."""
 
     accepted: tuple[str, ...]
     refused: tuple[tuple[str, JaxpagedError], ...]
     events: tuple[TokenEvent, ...]
+    resets: tuple[int, ...] = ()
 
 
 class RequestStream(AsyncIterator[TokenEvent]):
@@ -192,9 +200,11 @@ class AsyncEngine:
         self._engine: Engine | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread: threading.Thread | None = None
-        self._inbox: queue.SimpleQueue[_Submit | _Abort | _Wake] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Submit | _Abort | _ResetCache | _Wake] = queue.SimpleQueue()
         self._stopping = threading.Event()
         self._streams: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
+        self._resets: dict[int, asyncio.Future[None]] = {}
+        self._num_resets = 0
         self._changed: asyncio.Event | None = None
 
     # ------------------------------------------------------------------------------------------- called from the loop's thread
@@ -265,6 +275,19 @@ class AsyncEngine:
         """
         self._inbox.put(_Abort(request_id, index, reason))
 
+    async def reset_prefix_cache(self) -> None:
+        """Forgets the keys and values of all earlier prompts; returns when that is done. Call from the loop's thread.
+
+        Raises:
+            EngineStopped: Not loaded yet, stopped or failed.
+        """
+        if self.info is None or self._state in ("loading", "compiling", "stopped", "failed"):
+            raise EngineStopped(f"the engine is {self._state}")
+        self._num_resets += 1
+        done = self._resets[self._num_resets] = asyncio.get_running_loop().create_future()
+        self._inbox.put(_ResetCache(self._num_resets))
+        await done
+
     async def drain(self, timeout_s: float) -> None:
         """Takes no more requests, lets the running ones finish for ``timeout_s`` seconds, then aborts the rest."""
         if self._state == "ready":
@@ -312,6 +335,8 @@ class AsyncEngine:
         for request_id in news.accepted:
             if stream := self._streams.get(request_id):
                 stream.accept()
+        for number in news.resets:
+            _settle(self._resets.pop(number, None), None)
         for request_id, error in news.refused:
             if stream := self._streams.pop(request_id, None):
                 stream.fail(error)
@@ -327,6 +352,9 @@ class AsyncEngine:
         for stream in list(self._streams.values()):
             stream.fail(error)
         self._streams.clear()
+        for done in self._resets.values():
+            _settle(done, error)
+        self._resets.clear()
         self._notify()
 
     def _notify(self) -> None:
@@ -376,7 +404,7 @@ class AsyncEngine:
                 if not (news.accepted or engine.has_work or checked):
                     engine.check()
                     checked = True
-            if events or news.accepted or news.refused:
+            if events or news.accepted or news.refused or news.resets:
                 self._call(self._deliver, dataclasses.replace(news, events=events))
 
     def _take_in(self, engine: Engine, *, block: bool, timeout_s: float | None) -> _News:
@@ -384,6 +412,7 @@ class AsyncEngine:
         accepted: list[str] = []
         refused: list[tuple[str, JaxpagedError]] = []
         events: list[TokenEvent] = []
+        resets: list[int] = []
         with contextlib.suppress(queue.Empty):
             while True:
                 match self._inbox.get(block=block, timeout=timeout_s):
@@ -395,8 +424,11 @@ class AsyncEngine:
                             refused.append((request.id, error))
                     case _Abort(request_id, index, reason):
                         events += engine.abort(request_id, index, reason=reason)
+                    case _ResetCache(number):
+                        engine.reset_prefix_cache()
+                        resets.append(number)
                 block = False
-        return _News(tuple(accepted), tuple(refused), tuple(events))
+        return _News(tuple(accepted), tuple(refused), tuple(events), tuple(resets))
 
     def _set_state(self, state: EngineState, detail: str) -> None:
         self._state, self._detail = state, detail
@@ -451,6 +483,16 @@ class _Reporting:
         else:
             percent = 100 * done // self._total if self._total else 0
             self._engine.report("loading", f"loading {self._stage}, {percent} %")
+
+
+def _settle(done: asyncio.Future[None] | None, error: JaxpagedError | None) -> None:
+    """Ends somebody's wait, unless he has given up."""
+    if done is None or done.done():
+        return
+    if error is None:
+        done.set_result(None)
+    else:
+        done.set_exception(error)
 
 
 def _nothing() -> None:

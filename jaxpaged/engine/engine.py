@@ -150,6 +150,10 @@ class Engine:
             events += self.scheduler.abort(request_id)
         return self._send(events)
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets the keys and values of all earlier prompts; those that running sequences read stay theirs."""
+        self.scheduler.reset_prefix_cache()
+
     def check(self) -> None:
         """Verifies the scheduler's invariants and that nothing is kept for sequences that are gone; call when idle.
 
@@ -172,11 +176,16 @@ class Engine:
             page_size=scheduler.page_size,
             pages_used=scheduler.num_pages_in_use,
             pages_free=scheduler.pages.num_free,
+            pages_cached=getattr(scheduler.pages, "num_cached", 0),
             kv_cache_usage=scheduler.kv_usage,
             kv_waste=seen.kv_waste,
             prompt_tokens=seen.prompt_tokens,
             generation_tokens=seen.generation_tokens,
             preemptions=scheduler.num_preemptions,
+            prefix_cache_queries=getattr(scheduler, "prefix_queries", 0),
+            prefix_cache_hits=getattr(scheduler, "prefix_hits", 0),
+            swaps=getattr(scheduler, "num_swaps", 0),
+            page_copies=getattr(scheduler, "num_copies", 0),
             steps=seen.steps,
             step_tokens=seen.step_tokens,
             padding_tokens=seen.padding_tokens,

@@ -126,10 +126,14 @@ class EngineStats:
     Attributes:
         running, waiting: Sequences that hold pages, and those in the queue.
         pages_used, pages_free: Of ``num_pages`` less the null page.
+        pages_cached: Of ``pages_free``, those that the prefix cache can still give to somebody.
         kv_cache_usage: ``pages_used`` as a share, 0 to 1.
         kv_waste: Share of the cells of held pages that held no token, averaged over all steps so far; 0 before the first.
-        prompt_tokens, generation_tokens: Computed prompt tokens of admitted requests, and tokens sent out.
+        prompt_tokens, generation_tokens: Prompt tokens of admitted requests, once for all their sequences, and tokens sent out.
         preemptions: Sequences whose pages were taken back.
+        prefix_cache_queries, prefix_cache_hits: Prompt tokens that were looked up in the prefix cache, and that were found.
+        swaps: Sequences whose pages went to host memory when they were taken back.
+        page_copies: Pages that were copied because another sequence reads them too.
         steps: Steps whose results were read.
         step_tokens, padding_tokens: Tokens computed in them, and the padding up to their buckets.
         compilations_after_ready: Programs compiled while serving; anything but 0 is a fault of the buckets.
@@ -146,11 +150,16 @@ class EngineStats:
     page_size: int = 0
     pages_used: int = 0
     pages_free: int = 0
+    pages_cached: int = 0
     kv_cache_usage: float = 0.0
     kv_waste: float = 0.0
     prompt_tokens: int = 0
     generation_tokens: int = 0
     preemptions: int = 0
+    prefix_cache_queries: int = 0
+    prefix_cache_hits: int = 0
+    swaps: int = 0
+    page_copies: int = 0
     steps: int = 0
     step_tokens: int = 0
     padding_tokens: int = 0
@@ -265,7 +274,7 @@ class Telemetry:
         times = self._live.get((request_id, index))
         if times is not None and times.first_step is None:
             times.first_step = self._clock()
-            self.prompt_tokens += times.num_prompt
+            self.prompt_tokens += times.num_prompt if index == 0 else 0
             self._observe("request_queue_time_seconds", times.first_step - times.arrival)
 
     def _token(self, times: _Times, now: float, count: int) -> None:

@@ -26,9 +26,13 @@ _GAUGES: tuple[tuple[str, str, str], ...] = (
     ("kv_waste_perc", "kv_waste", "Share of the cells of held pages that held no token, averaged over all steps, 0 to 1."),
 )
 _COUNTERS: tuple[tuple[str, str, str], ...] = (
-    ("prompt_tokens", "prompt_tokens", "Computed prompt tokens."),
+    ("prompt_tokens", "prompt_tokens", "Prompt tokens of admitted requests."),
     ("generation_tokens", "generation_tokens", "Generated tokens."),
-    ("num_preemptions", "preemptions", "Sequences whose pages were taken back, to be recomputed later."),
+    ("num_preemptions", "preemptions", "Sequences whose pages were taken back, to be swapped in or recomputed later."),
+    ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."),
+    ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens that were found there."),
+    ("num_swaps", "swaps", "Sequences whose pages went to host memory when they were taken back."),
+    ("page_copies", "page_copies", "Pages that were copied because another sequence reads them too."),
     ("steps", "steps", "Steps whose results were read."),
     ("padding_tokens", "padding_tokens", "Padding up to the steps' token buckets."),
     ("recompiles", "compilations_after_ready", "Programs compiled after the server was ready; anything but 0 is a fault."),
@@ -85,7 +89,8 @@ class EngineCollector(Collector):
     def _labelled(self, stats: EngineStats, labels: tuple[str, str]) -> Iterator[Metric]:
         pages = GaugeMetricFamily(f"{self._prefix}:pages", "Pages of the pool by state.", labels=(*_LABELS, "state"))
         pages.add_metric((*labels, "active"), stats.pages_used)
-        pages.add_metric((*labels, "free"), stats.pages_free)
+        pages.add_metric((*labels, "cached"), stats.pages_cached)
+        pages.add_metric((*labels, "free"), stats.pages_free - stats.pages_cached)
         yield pages
         finished = CounterMetricFamily(f"{self._prefix}:request_success", "Finished sequences.", labels=(*_LABELS, "finished_reason"))
         for reason, count in stats.finished.items():
