@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from jaxpaged.errors import QueueFull as QueueFull
     from jaxpaged.errors import RequestError as RequestError
     from jaxpaged.llm import LLM as LLM
+    from jaxpaged.llm import BeamSearchParams as BeamSearchParams
     from jaxpaged.llm import CompletionOutput as CompletionOutput
     from jaxpaged.llm import RequestOutput as RequestOutput
     from jaxpaged.scheduling.request import SamplingParams as SamplingParams
@@ -31,6 +32,7 @@ _HOMES = {
     "LLM": "jaxpaged.llm",
     "RequestOutput": "jaxpaged.llm",
     "CompletionOutput": "jaxpaged.llm",
+    "BeamSearchParams": "jaxpaged.llm",
     "SamplingParams": "jaxpaged.scheduling.request",
     "load_model": "jaxpaged.engine.loading",
     "init_pool": "jaxpaged.state",

@@ -51,7 +51,8 @@ class CompletionOutput:
         index: Which of the ``n``.
         text: What was generated.
         token_ids: The same as ids, the stop token included.
-        cumulative_logprob: Sum over the tokens; None unless log-probabilities were asked for.
+        cumulative_logprob: Sum over the tokens; None unless log-probabilities were asked for or decided which ones are returned
+            (``best_of``, beam search).
         logprobs: Per token, by id: the token and the most likely ones.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``.
         stop_reason: Stop string or stop token id that ended it; None for the end-of-sequence token.
@@ -87,6 +88,7 @@ class RequestOutput:
         outputs: ``n`` completions, in order of index.
         finished: Always true in what ``generate`` returns.
         metrics: When what happened.
+        num_cached_tokens: Tokens of the prompt whose keys and values were in the prefix cache.
     """
 
     request_id: str
@@ -96,6 +98,55 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    num_cached_tokens: int = 0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """What ``LLM.beam_search`` takes, under vLLM's names; the fields are those of ``SamplingParams``.
+
+    Attributes:
+        beam_width: Beams that are kept, and returned.
+        temperature: There for vLLM's sake; only 0 is taken.
+        early_stopping: ``True``, ``False`` or ``"never"``, as in transformers.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    early_stopping: bool | str = False
+
+    def sampling_params(self) -> SamplingParams:
+        """Returns the same for ``LLM.generate``."""
+        return SamplingParams(use_beam_search=True, n=self.beam_width, **dataclasses.asdict(self))
+
+
+@dataclasses.dataclass
+class BeamSearchSequence:
+    """One beam, under vLLM's names.
+
+    Attributes:
+        tokens: Prompt and output.
+        text: The text of both.
+        cum_logprob: Sum of the log-probabilities of the output's tokens.
+        finish_reason: ``stop`` or ``length``.
+        stop_reason: The id of the request's own that ended it.
+    """
+
+    tokens: list[int]
+    text: str
+    cum_logprob: float
+    finish_reason: str | None = None
+    stop_reason: int | str | None = None
+
+
+@dataclasses.dataclass
+class BeamSearchOutput:
+    """The beams of one prompt, best first."""
+
+    sequences: list[BeamSearchSequence]
 
 
 class LLM:
@@ -145,6 +196,10 @@ class LLM:
         """Returns a snapshot of all counters, gauges and histograms."""
         return self._engine.stats()
 
+    def reset_prefix_cache(self) -> None:
+        """Forgets all keys and values of earlier prompts."""
+        self._engine.reset_prefix_cache()
+
     def close(self) -> None:
         """Frees the device's memory."""
         self._close()
@@ -173,6 +228,38 @@ class LLM:
         params = self._params_for(items, sampling_params or self.get_default_sampling_params())
         jobs = [self._job(*self._encode(item), given, "prompt") for item, given in zip(items, params, strict=True)]
         return self._run(jobs, use_tqdm=use_tqdm)
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | SamplingParams, *, use_tqdm: bool = False
+    ) -> list[BeamSearchOutput]:
+        """Finds likely texts; the beams are those of transformers' ``generate(num_beams=...)``.
+
+        Args:
+            prompts: As in ``generate``.
+            params: For all prompts. With ``SamplingParams``, ``use_beam_search`` must be set, and the best ``n`` beams are returned.
+            use_tqdm: Show a bar.
+
+        Raises:
+            RequestError: A prompt or a parameter does not fit.
+        """
+        given = params if isinstance(params, SamplingParams) else params.sampling_params()
+        if not given.use_beam_search:
+            raise RequestError("beam_search needs params with use_beam_search; generate samples", param="use_beam_search")
+        outputs = self.generate(prompts, given, use_tqdm=use_tqdm)
+        return [
+            BeamSearchOutput([self._beam(output.prompt_token_ids, completion, given) for completion in output.outputs])
+            for output in outputs
+        ]
+
+    def _beam(self, prompt: list[int], completion: CompletionOutput, params: SamplingParams) -> BeamSearchSequence:
+        tokens = prompt + completion.token_ids
+        return BeamSearchSequence(
+            tokens,
+            self.info.tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens),
+            completion.cumulative_logprob or 0.0,
+            completion.finish_reason,
+            completion.stop_reason,
+        )
 
     def chat(
         self,
@@ -256,7 +343,8 @@ class LLM:
                         delta = job.processor.process(event)
                         if delta is None:
                             continue
-                        job.take(delta)
+                        for shown in job.processor.release(delta):
+                            job.take(shown)
                         if delta.finish_reason is not None and event.finish_reason is None:
                             self._engine.abort(event.request_id, event.index, reason=FinishReason.STOP)
                         if job.finished and not was_finished:
@@ -295,6 +383,8 @@ class _Job:
         if completion.logprobs is not None:
             completion.logprobs += [_by_id(entry) for entry in delta.logprobs]
             completion.cumulative_logprob = (completion.cumulative_logprob or 0.0) + sum(entry.logprob for entry in delta.logprobs)
+        if delta.cumulative_logprob is not None:
+            completion.cumulative_logprob = delta.cumulative_logprob
         if delta.index == 0:
             self._prompt_logprobs += [_by_id(entry) for entry in delta.prompt_logprobs]
         if delta.token_ids and self._metrics.first_token_time is None:
@@ -316,6 +406,7 @@ class _Job:
             self._completions,
             self.finished,
             self._metrics,
+            self.processor.num_cached_tokens,
         )
 
 

@@ -57,8 +57,8 @@ class FakeStream(AsyncIterator[TokenEvent]):
     def __init__(self, engine: FakeAsyncEngine, request: Request) -> None:
         self._engine = engine
         self.request = request
-        self._events = engine.script(request)
-        self._pending: dict[int, bool] = dict.fromkeys(range(request.params.n), True)
+        self._events = engine.beams(request) if request.params.use_beam_search else engine.script(request)
+        self._pending: dict[int, bool] = dict.fromkeys(range(request.params.num_sequences), True)
 
     async def accepted(self) -> None:
         await asyncio.sleep(0)
@@ -99,7 +99,9 @@ class FakeAsyncEngine:
         max_calls: Requests that may be in flight; beyond them QueueFull.
         step_s: Seconds between two events of a stream; ``gate`` cleared makes all streams wait.
         running: Requests in flight, by id.
-        fail_at: Output position at which a request ends with an error, and its code.
+        fail_at: Output position at which a request ends with an error, and its code; ``fail_index`` names the sample, None means all.
+        logprob: Log-probability of the tokens of each sample, by index.
+        num_resets: How often the prefix cache was reset.
     """
 
     def __init__(self, *, max_model_len: int = 512, max_calls: int = 64, step_s: float = 0.0) -> None:
@@ -118,6 +120,11 @@ class FakeAsyncEngine:
         self.loop: asyncio.AbstractEventLoop | None = None
         self.refuse_late = False
         self.fail_at: tuple[int, str] | None = None
+        self.fail_index: int | None = None
+        self.logprob: Callable[[int], float] = lambda index: -0.5
+        self.num_resets = 0
+        self.aborted: list[tuple[str, int | None]] = []
+        self._seen: dict[str, set[tuple[int, ...]]] = {}
         self.reply: Callable[[Request], tuple[int, ...]] = lambda request: request.prompt
         self.info: EngineInfo | None = EngineInfo(
             model_name="echo",
@@ -127,7 +134,7 @@ class FakeAsyncEngine:
             max_request_tokens=max_model_len,
             num_pages=65,
             page_size=16,
-            max_num_seqs=64,
+            max_num_seqs=128,
             max_num_batched_tokens=256,
             max_waiting=64,
             token_buckets=(1, 2, 4),
@@ -164,7 +171,19 @@ class FakeAsyncEngine:
         self.running[request.id] = FakeStream(self, request)
         return self.running[request.id]
 
+    async def reset_prefix_cache(self) -> None:
+        self.num_resets += 1
+        self._seen.clear()
+
+    def num_cached(self, request: Request) -> int:
+        """Plays a prefix cache of pages of one token: what the prompt shares with one that its tenant asked before, less its last token."""
+        seen = self._seen.setdefault(request.tenant, set())
+        hits = max((_common(request.prompt, prompt) for prompt in seen), default=0)
+        seen.add(request.prompt)
+        return min(hits, len(request.prompt) - 1)
+
     def abort(self, request_id: str, index: int | None = None, *, reason: FinishReason = FinishReason.ABORT) -> None:
+        self.aborted.append((request_id, index))
         if request_id in self.running:
             self.running[request_id].abort(index)
 
@@ -180,31 +199,47 @@ class FakeAsyncEngine:
 
     def script(self, request: Request):
         """Yields the reply's tokens in turn for each sample, then the end of each."""
-        params = request.params
+        params, cached = request.params, self.num_cached(request)
         reply = self.reply(request)[: request.params.max_tokens]
         prompt_logprobs = (
             tuple(_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]) if params.prompt_logprobs is not None else ()
         )
         for position in itertools.count():
-            for index in range(params.n):
+            for index in range(params.num_sequences):
                 before = prompt_logprobs if position == 0 else ()
-                if self.fail_at is not None and position == self.fail_at[0]:
+                if self.fail_at is not None and position == self.fail_at[0] and self.fail_index in (None, index):
                     reason, code = FinishReason.ERROR, self.fail_at[1]
                     yield TokenEvent(request.id, index, finish_reason=reason, error="secret text of the fault", error_code=code)
                     continue
                 if position >= len(reply):
-                    yield TokenEvent(request.id, index, prompt_logprobs=before, finish_reason=FinishReason.STOP)
+                    reason = FinishReason.STOP
+                    yield TokenEvent(request.id, index, prompt_logprobs=before, finish_reason=reason, num_cached_tokens=cached)
                     continue
                 token = reply[position]
-                logprobs = (_logprob(token, params.logprobs),) if params.logprobs is not None else ()
+                wanted = params.logprobs is not None or params.best_of is not None
+                logprobs = (_logprob(token, params.logprobs, self.logprob(index)),) if wanted else ()
                 stopped = token in request.stop_token_ids and position >= params.min_tokens
                 last = FinishReason.STOP if stopped else FinishReason.LENGTH if position + 1 == params.max_tokens else None
                 own = token if stopped and token in (params.stop_token_ids or ()) else None
-                yield TokenEvent(request.id, index, (token,), logprobs, before, finish_reason=last, stop_reason=own)
+                yield TokenEvent(request.id, index, (token,), logprobs, before, last, own, num_cached_tokens=cached)
+
+    def beams(self, request: Request):
+        """Yields all beams at once: the reply, shorter by one token for each; then the ends of those that are not returned."""
+        reply, cached = self.reply(request)[: request.params.max_tokens], self.num_cached(request)
+        for index in range(request.params.num_sequences):
+            tokens = tuple(reply[: max(1, len(reply) - index)]) if index < request.params.n else ()
+            logprob = -0.5 * len(tokens) if tokens else None
+            reason = FinishReason.LENGTH
+            yield TokenEvent(request.id, index, tokens, finish_reason=reason, num_cached_tokens=cached, cumulative_logprob=logprob)
 
 
-def _logprob(token: int, top: int | None) -> TokenLogprobs:
-    return TokenLogprobs(token, -0.5, 1, tuple(((token + i) % 256, -0.5 - i) for i in range(top or 0)))
+def _logprob(token: int, top: int | None, logprob: float = -0.5) -> TokenLogprobs:
+    return TokenLogprobs(token, logprob, 1, tuple(((token + i) % 256, logprob - i) for i in range(top or 0)))
+
+
+def _common(one: tuple[int, ...], other: tuple[int, ...]) -> int:
+    """Returns how many tokens two prompts begin with in common."""
+    return next((i for i, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 _TOKENIZER = byte_tokenizer()

@@ -86,6 +86,7 @@ class Routes:
             Route("/v1/models/{model:path}", self.model, methods=_READ),
             Route("/tokenize", self.tokenize, methods=["POST"]),
             Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]),
             Route("/livez", self.livez, methods=_READ),
             Route("/readyz", self.health, methods=_READ),
             Route("/health", self.health, methods=_READ),
@@ -129,6 +130,12 @@ class Routes:
         """Turns ids into text."""
         call: DetokenizeCall = await self._service.read(request.scope, request.receive, parse_detokenize)
         return json_response(await self._service.detokenize(call), headers=_ignored(call.ignored))
+
+    async def reset_prefix_cache(self, request: Request) -> Response:
+        """Forgets the keys and values of all earlier prompts, everybody's."""
+        self._service.info()
+        await self._service.engine.reset_prefix_cache()
+        return json_response({"status": "ok"})
 
     async def livez(self, request: Request) -> Response:
         """Says that the event loop turns."""

@@ -16,7 +16,7 @@ from jaxpaged.scheduling.fields import MAX_LOGPROBS, SAMPLING_FIELDS, Field
 Status = Literal["honoured", "no effect", "unsupported"]
 
 MAX_PROMPTS = 1024
-"""Most prompts in one call, and most sequences (prompts times n)."""
+"""Most prompts in one call, and most sequences (prompts times n, best_of or beam_width)."""
 
 MAX_MESSAGES = 4096
 """Most messages of a chat."""
@@ -97,6 +97,7 @@ def json_schema(spec: Field) -> dict[str, Any]:
         "string": {"type": "string", "maxLength": MAX_LABEL_BYTES},
         "int_list": {"type": "array", "items": number, "maxItems": spec.max_items},
         "string_list": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": spec.max_items}]},
+        "early_stopping": {"enum": [True, False, "never"]},
         "bias_map": {"type": "object", "additionalProperties": number, "maxProperties": spec.max_items},
     }
     return schemas[spec.kind]
@@ -199,10 +200,6 @@ _GENERATION: tuple[BodyField, ...] = (
     no_effect("prompt_cache_retention", "A hint for caches."),
     no_effect("request_id", "The server names requests itself, see the header `x-request-id`.", _label("request_id")),
     no_effect("prediction", "A hint for speed."),
-    unsupported("best_of", "Choose among several completions.", 1),
-    unsupported("use_beam_search", "Beam search.", False),
-    unsupported("length_penalty", "Of beam search.", 1.0, 1),
-    unsupported("early_stopping", "Of beam search.", False),
     unsupported("bad_words", "Words never to generate; bad_token_ids is supported.", []),
     unsupported("logits_processors", "Code from a request is never run.", []),
     unsupported("structured_outputs", "Grammar-constrained output."),

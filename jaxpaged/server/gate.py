@@ -10,6 +10,7 @@ import hashlib
 import hmac
 import logging
 import re
+import secrets
 import traceback
 import uuid
 from collections.abc import Sequence
@@ -87,7 +88,10 @@ class Gate:
 
 
 class RequireKey:
-    """Lets only requests with a valid bearer token through, except to ``OPEN_PATHS``.
+    """Lets only requests with a valid bearer token through, except to ``OPEN_PATHS``, and notes whose they are.
+
+    Requests with the same key are of one tenant (``scope["state"]["tenant"]``) and share the prefix cache. Its name is made from the key
+    with a secret of this process, so that nobody can guess it or give it himself, and it says nothing of the key.
 
     Args:
         app: The next ASGI application.
@@ -97,10 +101,17 @@ class RequireKey:
     def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
         self.app = app
         self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        secret = secrets.token_bytes(32)
+        self._tenants = [hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
-        if scope["type"] != "http" or scope["path"] in OPEN_PATHS or self._allows(scope):
+        if scope["type"] != "http" or scope["path"] in OPEN_PATHS:
+            await self.app(scope, receive, send)
+            return
+        tenant = self._tenant(scope)
+        if tenant is not None:
+            scope.setdefault("state", {})["tenant"] = tenant
             await self.app(scope, receive, send)
             return
         problem = Problem(
@@ -108,13 +119,15 @@ class RequireKey:
         )
         await problem.response()(scope, receive, send)
 
-    def _allows(self, scope: Scope) -> bool:
+    def _tenant(self, scope: Scope) -> str | None:
+        """Returns whose request it is; None without a valid key."""
         values = _values(scope, b"authorization")
         scheme, _, token = values[0].partition(b" ") if len(values) == 1 else (b"", b"", b"")
         digest = hashlib.sha256(token.strip()).digest()
         # Every key is compared, so that the time says neither which one matched nor how far.
         matches = [hmac.compare_digest(digest, known) for known in self._digests]
-        return scheme.lower() == b"bearer" and any(matches)
+        found = [tenant for tenant, match in zip(self._tenants, matches, strict=True) if match]
+        return found[0] if scheme.lower() == b"bearer" and found else None
 
 
 def log_fault(error: BaseException, request_id: str) -> None:

@@ -170,13 +170,14 @@ class Generation:
                 delta = output.process(event)
                 if delta is None:
                     continue
-                if delta.finish_reason == "error":
-                    raise GenerationError(delta.error or "", code=delta.error_code or "internal_error")
-                if delta.finish_reason == "abort":
-                    raise Unavailable("the engine ended this request")
                 if delta.finish_reason is not None and event.finish_reason is None:
                     self._engine.abort(request.id, event.index, reason=FinishReason.STOP)
-                yield self._choices[i * n + delta.index], delta
+                for shown in output.release(delta):
+                    if shown.finish_reason == "error":
+                        raise GenerationError(shown.error or "", code=shown.error_code or "internal_error")
+                    if shown.finish_reason == "abort":
+                        raise Unavailable("the engine ended this request")
+                    yield self._choices[i * n + shown.index], shown
                 if all(output.finished for output in self._outputs):
                     return
 
@@ -191,8 +192,11 @@ class Generation:
                     choice.prompt_logprobs = list(longest)
 
     def _usage(self) -> Usage:
+        outputs = self._outputs
         return Usage.of(
-            sum(output.num_prompt_tokens for output in self._outputs), sum(output.num_output_tokens for output in self._outputs)
+            sum(output.num_prompt_tokens for output in outputs),
+            sum(output.num_output_tokens for output in outputs),
+            sum(output.num_cached_tokens for output in outputs),
         )
 
     def summary(self) -> str:

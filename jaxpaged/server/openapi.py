@@ -34,6 +34,7 @@ _PLAIN_ROUTES: Mapping[str, str] = {
     "/metrics": "Prometheus metrics.",
     "/openapi.json": "This document.",
 }
+_RESET = "/reset_prefix_cache"
 _SUMMARIES = {
     "/v1/chat/completions": "Answer a conversation.",
     "/v1/completions": "Complete a text.",
@@ -51,7 +52,8 @@ def describe_api(*, version: str, needs_key: bool, root_path: str = "") -> dict[
         root_path: Prefix under which a proxy serves it.
     """
     paths: dict[str, Any] = {path: {"post": _post(path, fields)} for path, fields in ENDPOINTS.items()}
-    paths |= {path: {"get": _get(path, meaning)} for path, meaning in _PLAIN_ROUTES.items()}
+    paths |= {path: {"get": _plain(path, meaning)} for path, meaning in _PLAIN_ROUTES.items()}
+    paths[_RESET] = {"post": _plain(_RESET, "Forget the keys and values of all earlier prompts.")}
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "jaxpaged", "version": version, "description": "OpenAI's API over a paged KV pool."},
@@ -99,7 +101,7 @@ def _post(path: str, fields: tuple[BodyField, ...]) -> dict[str, Any]:
     }
 
 
-def _get(path: str, meaning: str) -> dict[str, Any]:
+def _plain(path: str, meaning: str) -> dict[str, Any]:
     text = path == "/metrics"
     schema = {"type": "string" if text else "object"}
     operation: dict[str, Any] = {
@@ -111,7 +113,7 @@ def _get(path: str, meaning: str) -> dict[str, Any]:
         operation["security"] = []
     if path == "/livez":
         operation["security"] = []
-    if path.startswith("/v1/models"):
+    if path.startswith("/v1/models") or path == _RESET:
         operation["responses"] |= _problems({"503": "starting"})
     if "{model}" in path:
         operation["parameters"] = [{"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}]

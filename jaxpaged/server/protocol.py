@@ -142,8 +142,9 @@ def parse_completion(body: Mapping[str, Any]) -> GenerationCall:
     values, ignored = _read(body, COMPLETION_FIELDS)
     prompts = _parse_prompts(values["prompt"])
     sampling = _sampling(values)
-    if len(prompts) * sampling.get("n", 1) > MAX_PROMPTS:
-        raise _bad(f"prompts times n must be at most {MAX_PROMPTS}; got {len(prompts)} times {sampling.get('n', 1)}", "n")
+    most = max(("n", "best_of", "beam_width"), key=lambda name: sampling.get(name, 1))
+    if len(prompts) * sampling.get(most, 1) > MAX_PROMPTS:
+        raise _bad(f"prompts times {most} must be at most {MAX_PROMPTS}; got {len(prompts)} times {sampling[most]}", most)
     echo = values.get("echo", False)
     if echo and sampling.get("logprobs") is not None:
         sampling.setdefault("prompt_logprobs", sampling["logprobs"])
@@ -225,8 +226,8 @@ def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
 def _common(values: Mapping[str, Any]) -> dict[str, Any]:
     stream = values.get("stream", False)
     options = _parse_stream_options(values.get("stream_options"), stream)
-    if stream and values.get("prompt_logprobs") is not None:
-        raise _bad("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    if stream:
+        _check_streamable(values)
     return {
         "model": values["model"],
         "stream": stream,
@@ -237,6 +238,16 @@ def _common(values: Mapping[str, Any]) -> dict[str, Any]:
         "return_token_ids": values.get("return_token_ids", False),
         "return_tokens_as_token_ids": values.get("return_tokens_as_token_ids", False),
     }
+
+
+def _check_streamable(values: Mapping[str, Any]) -> None:
+    """Refuses to stream what is not known before the end."""
+    if values.get("prompt_logprobs") is not None:
+        raise _bad("prompt_logprobs cannot be streamed", "prompt_logprobs")
+    if values.get("use_beam_search"):
+        raise _bad("use_beam_search cannot be streamed: no text is decided before the search has ended", "use_beam_search")
+    if values.get("best_of", 1) > values.get("n", 1):
+        raise _bad("best_of above n cannot be streamed: which completions are best is not known before all have ended", "best_of")
 
 
 def _parse_stream_options(options: object, stream: bool) -> Mapping[str, bool]:

@@ -12,17 +12,22 @@ from jaxpaged.engine.output import Delta, TokenText
 from jaxpaged.server.answers import encode
 
 
+class _PromptTokensDetails(msgspec.Struct):
+    cached_tokens: int
+
+
 class Usage(msgspec.Struct):
     """Token counts; the prompt is counted once however many completions it got."""
 
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: _PromptTokensDetails
 
     @classmethod
-    def of(cls, prompt_tokens: int, completion_tokens: int) -> Usage:
-        """Makes the counts and their sum."""
-        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens)
+    def of(cls, prompt_tokens: int, completion_tokens: int, cached_tokens: int) -> Usage:
+        """Makes the counts, the first two's sum, and how many of the prompt's tokens were in the prefix cache."""
+        return cls(prompt_tokens, completion_tokens, prompt_tokens + completion_tokens, _PromptTokensDetails(cached_tokens))
 
 
 class _ChatDelta(msgspec.Struct, omit_defaults=True):

@@ -169,7 +169,7 @@ class Service:
                     asked = await self.read(scope, receive, parse)
                     info = self.info()
                     name = self.check_model(asked.model, info)
-                    requests, choices = await self._admit(asked, info, request_id)
+                    requests, choices = await self._admit(asked, info, request_id, scope["state"].get("tenant", ""))
             except ClientGone:
                 return
             headers = [(b"x-jaxpaged-ignored-fields", shown_names(asked.ignored).encode())] if asked.ignored else []
@@ -190,12 +190,12 @@ class Service:
             if self.config.log_requests:
                 logger.info("%s", answer.summary())
 
-    async def _admit(self, asked: GenerationCall, info: EngineInfo, request_id: str) -> tuple[list[Request], list[Choice]]:
+    async def _admit(self, asked: GenerationCall, info: EngineInfo, request_id: str, tenant: str) -> tuple[list[Request], list[Choice]]:
         """Tokenises the prompts and checks them against the model."""
         _check_bytes(asked.messages if asked.is_chat else asked.prompts, info)
         if all(isinstance(prompt, tuple) for prompt in asked.prompts) and not asked.is_chat:
-            return _make_requests(asked, info, request_id)
-        return await self.in_thread(functools.partial(_make_requests, asked, info, request_id))
+            return _make_requests(asked, info, request_id, tenant)
+        return await self.in_thread(functools.partial(_make_requests, asked, info, request_id, tenant))
 
     def _renderer(self, asked: GenerationCall, name: str, request_id: str) -> Renderer:
         label = Label(
@@ -263,7 +263,7 @@ def _encode(prompt: Prompt | None, messages: Sequence[Message] | None, call: Gen
     )
 
 
-def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str) -> tuple[list[Request], list[Choice]]:
+def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str, tenant: str) -> tuple[list[Request], list[Choice]]:
     requests, choices = [], []
     for i, prompt in enumerate(asked.prompts or (None,)):
         ids = _encode(prompt, asked.messages, asked, info)
@@ -274,7 +274,7 @@ def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str) -> 
             sampling["max_tokens"] = max(1, min(DEFAULT_COMPLETION_TOKENS, info.max_request_tokens - len(ids)))
             sampling["min_tokens"] = min(sampling.get("min_tokens", 0), sampling["max_tokens"])
         params = make_params(sampling, info)
-        request = make_request(ids, params, info, request_id=f"{request_id}-{i}", prompt_param=asked.prompt_param)
+        request = make_request(ids, params, info, request_id=f"{request_id}-{i}", prompt_param=asked.prompt_param, tenant=tenant)
         requests.append(request)
         text = "" if not asked.echo else prompt if isinstance(prompt, str) else info.tokenizer.decode(ids)
         for sample in range(params.n):

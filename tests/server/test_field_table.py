@@ -12,6 +12,7 @@ WRONG = {
     "int": ["5", 1.0, 1.5, True, [], {}, "", [1], 2**63, -(2**63) - 1, 10**30],
     "float": ["0.5", True, [], {}, "", 10**30],
     "bool": ["true", 0, 1, "", [], {}, 1.0],
+    "early_stopping": ["true", "Never", "", 0, 1, 1.0, [], {}],
     "string": [1, True, [], {}, ["x"], 1.5, "x" * (MAX_LABEL_BYTES + 1), "é" * (MAX_LABEL_BYTES // 2 + 1)],
     "int_list": ["5", 5, True, {}, [1.0], ["5"], [True], [None], [[1]], [2**31], [-1]],
     "string_list": [5, True, {}, [""], "", [5], [None], [["x"]], "x" * (MAX_STOP_BYTES + 1), ["x" * (MAX_STOP_BYTES + 1)]],
@@ -58,6 +59,8 @@ def within(spec):
     match spec.kind:
         case "bool":
             return [True, False]
+        case "early_stopping":
+            return [True, False, "never"]
         case "string":
             return ["", "x" * MAX_LABEL_BYTES]
         case "string_list":
@@ -102,6 +105,7 @@ def test_a_good_value_is_accepted(shared_client, path, field, value):
     needs = {
         "top_logprobs": {"logprobs": True},
         "min_tokens": {"max_tokens": 9},
+        **{name: {"use_beam_search": True} for name in ("beam_width", "length_penalty", "early_stopping")},
         "continue_final_message": _OPEN if value else _OPEN | {"add_generation_prompt": True},
     }
     body = {k: v for k, v in BODIES[path].items() if k != "prompt" or field.name != "continue_final_message"}
@@ -125,6 +129,40 @@ def test_an_unsupported_field_is_refused_unless_it_asks_for_what_happens_anyway(
         answer = shared_client.post(path, BODIES[path] | {field.name: value})
         assert answer.status_code == 200, answer.text
         assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+GENERATION = [path for path in ENDPOINTS if path.startswith("/v1/")]
+ASKING = {"int": 2, "float": 0.5, "int_list": [5], "string_list": ["x"], "bias_map": {"5": 1}, "bool": True, "early_stopping": True}
+
+
+def with_beams(value):
+    """The good fields of one fate beside beam search, with a value that asks for something."""
+    for path in GENERATION:
+        for field in ENDPOINTS[path]:
+            if field.spec is not None and field.spec.goes_with == value:
+                yield pytest.param(path, field, ASKING[field.spec.kind], id=f"{path}-{field.name}")
+
+
+@pytest.mark.parametrize(("path", "field", "value"), list(with_beams("samples")))
+def test_a_field_of_sampling_is_refused_in_a_beam_search_unless_it_asks_for_nothing(shared_client, path, field, value):
+    error = shared_client.refused(
+        shared_client.post(path, BODIES[path] | {"use_beam_search": True, field.name: value}), 400, param=field.name
+    )
+    assert "use_beam_search" in error["message"]
+    if field.name != "allowed_token_ids":
+        neutral = field.spec.default if field.spec.default is not None else [] if field.spec.kind.endswith("list") else None
+        for asked in (neutral, *field.spec.neutral):
+            answer = shared_client.post(path, BODIES[path] | {"use_beam_search": True, field.name: asked})
+            assert answer.status_code == 200, answer.text
+
+
+@pytest.mark.parametrize(("path", "field", "value"), list(with_beams("beams")))
+def test_a_field_of_beam_search_needs_it(shared_client, path, field, value):
+    for extra in ({}, {"use_beam_search": False}):
+        error = shared_client.refused(shared_client.post(path, BODIES[path] | extra | {field.name: value}), 400, param=field.name)
+        assert "use_beam_search" in error["message"]
+    for body in ({"use_beam_search": True, field.name: value}, {field.name: field.spec.default}):
+        assert shared_client.post(path, BODIES[path] | body).status_code == 200
 
 
 @pytest.mark.parametrize(("path", "field"), NO_EFFECT, ids=lambda item: item if isinstance(item, str) else item.name)
