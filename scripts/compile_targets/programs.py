@@ -14,10 +14,11 @@ from compile_targets.table import GIB, KERNEL_POOL_BYTES, MAX_NUM_SEQS, MIB, Row
 from compile_targets.targets import TARGETS, Target
 from jaxpaged.attention import make_pool, page_bytes
 from jaxpaged.config import ModelConfig
+from jaxpaged.engine.host_pages import put_pages, take_pages
 from jaxpaged.engine.runner import jit_flat_step
 from jaxpaged.models.model import Model
 from jaxpaged.scheduling.buckets import slot_bucket
-from jaxpaged.state import StepInputs, init_sampling_state
+from jaxpaged.state import KVPages, PagePool, StepInputs, init_sampling_state
 from pallas_kernels.kv_write import write_kv_pages, write_quantized_kv_pages
 from pallas_kernels.page_copy import copy_pages
 from pallas_kernels.paged_attention import merge_attention_states, ragged_paged_attention, ragged_paged_attention_update, storage_head_dim
@@ -28,8 +29,10 @@ _CUSTOM_CALLS = {"mosaic_gpu": "mosaic_gpu", "triton": "xla.gpu.triton", "tpu": 
 _SPLIT_TOKENS = 512
 """For the bound on scratch memory alone: keys whose share of a decode's result a split-KV kernel may keep apart."""
 
-
 _COPIED_PAGES = 64
+
+_MOVED_PAGES, _MOVED_LAYERS = 4, 2
+"""Pages that go to host memory or come back at once, as the engine cuts them at this shape; each layer adds the same operations."""
 
 _STEP_RESERVE_BYTES = 2 * GIB
 """Left free beside weights and pages for a step's scratch memory, which may not be more."""
@@ -72,6 +75,8 @@ def make_program(row: Row, device: Any) -> Program:
         "update": _update,
         "write_kv_pages": _write_kv_pages,
         "copy_pages": _copy_pages,
+        "take_pages": _take_pages,
+        "put_pages": _put_pages,
         "merge_attention_states": _merge_attention_states,
         "step": _step,
     }
@@ -177,6 +182,26 @@ def _copy_pages(row: Row, target: Target) -> Program:
     arguments = (shapes.pages, _int32(_COPIED_PAGES), _int32(_COPIED_PAGES))
     limit = 4 * _COPIED_PAGES * num_bytes(shapes.pages) // shapes.pages.shape[0]
     return Program(jax.jit(copy_pages, donate_argnums=0), arguments, math.prod(shapes.pages.shape), num_bytes(shapes.pages), limit, None)
+
+
+def _moved(row: Row, target: Target) -> tuple[PagePool, tuple[jax.ShapeDtypeStruct, ...], int]:
+    """Returns a pool, pages of all its layers as they travel, and the bound on scratch memory: a few times these."""
+    shapes = _shapes(row, target)
+    pool = PagePool((KVPages(shapes.pages, *shapes.scales.values()),) * _MOVED_LAYERS)
+    arrays = (shapes.pages, *shapes.scales.values())
+    parts = tuple(jax.ShapeDtypeStruct((_MOVED_PAGES, _MOVED_LAYERS, *array.shape[1:]), array.dtype) for array in arrays)
+    return pool, parts, 4 * num_bytes(parts)
+
+
+def _take_pages(row: Row, target: Target) -> Program:
+    pool, _, limit = _moved(row, target)
+    return Program(take_pages, (pool, _int32(_MOVED_PAGES)), math.prod(pool.layers[0].kv.shape), 0, limit, None)
+
+
+def _put_pages(row: Row, target: Target) -> Program:
+    pool, parts, limit = _moved(row, target)
+    arguments = (pool, _int32(_MOVED_PAGES), parts)
+    return Program(put_pages, arguments, math.prod(pool.layers[0].kv.shape), num_bytes(pool), limit, None)
 
 
 def _merge_attention_states(row: Row, target: Target) -> Program:

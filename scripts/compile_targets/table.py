@@ -116,7 +116,8 @@ class Row:
 
     Attributes:
         target: Name of a chip.
-        program: ``attention``, ``update``, ``write_kv_pages``, ``copy_pages``, ``merge_attention_states`` or ``step``.
+        program: ``attention``, ``update``, ``write_kv_pages``, ``copy_pages``, ``take_pages``, ``put_pages``,
+            ``merge_attention_states`` or ``step``.
         implementation: Of the program; of paged attention, for a step.
         model: Name of the model whose shape it is.
         call: Name of the call's sizes; of a step, its token bucket.
@@ -177,6 +178,9 @@ def _other_rows(target: Target) -> Iterator[Row]:
         yield Row(target.name, "write_kv_pages", "xla", LLAMA3_8B.name, MIXED.name, kv_dtype)
     for program in ("copy_pages", "merge_attention_states"):
         yield Row(target.name, program, "xla", LLAMA3_8B.name, MIXED.name)
+    for program in ("take_pages", "put_pages"):
+        for kv_dtype in ("bfloat16", "int8"):
+            yield Row(target.name, program, "xla", LLAMA3_8B.name, MIXED.name, kv_dtype)
 
 
 def _step_rows(target: Target) -> Iterator[Row]:
