@@ -112,6 +112,13 @@ class CacheConfig:
     )
     kv_cache_memory_bytes: int | None = option(None, "bytes of the page pool; overrides the share", low=1)
     cpu_kv_cache_gib: float = option(1.0, "GiB of pages on a CPU, at most; less where all slots at full length need less", low=0.001)
+    enable_prefix_caching: bool = option(True, "keep the keys and values of earlier texts for later ones that begin alike")
+    swap_space: float | None = option(
+        None,
+        "GiB of host memory for pages of preempted requests and of the prefix cache; default 4 on a GPU or TPU, 0 on a CPU",
+        low=0,
+        high=2**20,
+    )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,6 +129,9 @@ class SchedulerConfig:
     max_num_batched_tokens: int | None = option(None, "tokens of a step, chunks and decodes; default 2048, 256 on a CPU", low=1, high=2**20)
     long_prefill_token_threshold: int = option(0, "most tokens of one prompt in a step; 0 for no bound", low=0)
     max_waiting: int = option(1024, "requests that may wait; beyond them the answer is 429", low=0)
+    preemption_mode: Literal["auto", "recompute", "swap"] = option(
+        "auto", "what becomes of a preempted request's pages: computed again, moved to the swap space, or what costs less by measurement"
+    )
     async_depth: int = option(1, "steps dispatched before the tokens of the first are read", low=0, high=1)
     token_buckets: tuple[int, ...] | None = option(None, "token counts to compile for; default powers of two up to max_num_batched_tokens")
 

@@ -21,11 +21,8 @@ LACKING: Mapping[str, str] = {
     "pipeline-parallel-size": "this version runs on one device",
     "data-parallel-size": "start one server per device behind a router",
     "quantization": "this version computes in bfloat16, float16 or float32",
-    "enable-prefix-caching": "prefix caching is not in this version",
-    "no-enable-prefix-caching": "prefix caching is not in this version, so there is nothing to switch off",
     "enable-chunked-prefill": "chunked prefill is always on",
     "no-enable-chunked-prefill": "chunked prefill is always on; raise --max-num-batched-tokens to make chunks larger",
-    "swap-space": "this version preempts by recomputing",
     "scheduling-policy": "requests run first come, first served",
     "enforce-eager": "every step is compiled; use --no-warmup to compile on first use",
     "enable-lora": "adapters are not in this version",
@@ -41,7 +38,7 @@ LACKING: Mapping[str, str] = {
     "disable-log-requests": "requests are not logged unless --log-requests is given",
     "disable-log-stats": "use --no-log-stats",
     "enable-request-id-headers": "every answer carries x-request-id",
-    "enable-prompt-tokens-details": "prefix caching is not in this version, so there are no cached tokens to report",
+    "enable-prompt-tokens-details": "cached tokens are always reported",
     "gpu-memory-utilisation": "spelt --gpu-memory-utilization",
 }
 """vLLM's flags that we know and do not have, each with what to do instead."""

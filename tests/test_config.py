@@ -39,6 +39,13 @@ def test_flags_aliases_suffixes_and_underscores():
     assert parse("--max-model-len", "4k")[0].max_model_len == 4000
 
 
+def test_sharing_and_preemption():
+    engine = parse("--no-enable-prefix-caching", "--swap-space", "0.5", "--preemption-mode=swap")[0]
+    assert (engine.cache.enable_prefix_caching, engine.cache.swap_space, engine.scheduler.preemption_mode) == (False, 0.5, "swap")
+    engine = parse("--enable-prefix-caching")[0]
+    assert (engine.cache.enable_prefix_caching, engine.cache.swap_space, engine.scheduler.preemption_mode) == (True, None, "auto")
+
+
 def test_lists_repeat_or_stand_between_commas():
     engine, server = parse("--api-key", "a", "--api-key", "b", "--token-buckets", "1,8,64")
     assert server.api_key == ("a", "b")
@@ -74,6 +81,9 @@ def test_vllm_api_key_is_read_where_ours_is_not_set(monkeypatch):
         (["--gpu-memory-utilization", "0"], "gpu_memory_utilization must be in [0.01, 1]"),
         (["--gpu-memory-utilization", "nan"], "gpu_memory_utilization must be in [0.01, 1]"),
         (["--page-size", "0"], "page_size must be in [1, 1024]"),
+        (["--swap-space", "nan"], "swap_space must be in [0, "),
+        (["--swap-space", "inf"], "swap_space must be in [0, "),
+        (["--preemption-mode", "drop"], "preemption_mode must be one of auto, recompute, swap; got 'drop'"),
         (["--hf-overrides", "[1]"], "hf_overrides must be a JSON object"),
         (["--port"], "expected one argument"),
         (["a", "b"], "unexpected argument 'b'"),
@@ -98,7 +108,10 @@ def test_every_lacking_flag_is_answered_by_name_and_is_not_ours(name):
         ("- 1", "expected a mapping"),
         ("a: [", "--config"),
         ("prot: 1", "did you mean 'port'"),
-        ("enable_prefix_caching: true", "prefix caching"),
+        ("enable_lora: true", "adapters are not in this version"),
+        ("swap_space: -1", r"swap_space must be in \[0, "),
+        ("preemption_mode: never", "preemption_mode must be one of auto, recompute, swap"),
+        ("enable_prefix_caching: maybe", "enable_prefix_caching must be true or false"),
     ],
 )
 def test_bad_yaml_is_named(tmp_path, text, message):

@@ -1,14 +1,20 @@
-"""How many pages fit, and what to say when too few do."""
+"""How many pages fit, on the device and in host memory, and what to say when too few do."""
 
 from __future__ import annotations
 
 import dataclasses
+import re
+from pathlib import Path
 
 import jax
 
-from jaxpaged.config import CacheConfig
+from jaxpaged.config import CacheConfig, EngineConfig
 from jaxpaged.engine.progress import gib
 from jaxpaged.errors import ConfigError
+
+_DEFAULT_SWAP_BYTES = 4 * 2**30
+_DEFAULT_SWAP_SHARE = 0.5
+"""Most of the free host memory that is taken where nobody asked for a swap space."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,12 +41,14 @@ class MemoryPlan:
         page_bytes: Bytes of a page in all layers.
         max_model_len: Longest context; less than the model's only if it was not asked for by name.
         why: How the size came about, for people.
+        num_host_pages: Pages that host memory holds beside it.
     """
 
     num_pages: int
     page_bytes: int
     max_model_len: int
     why: str
+    num_host_pages: int = 0
 
     @property
     def num_bytes(self) -> int:
@@ -109,3 +117,45 @@ def plan_memory(
             f"Raise {flag}, lower --max-model-len, or use a smaller --kv-cache-dtype"
         )
     return MemoryPlan(num_pages, page_bytes, min(max_model_len, fits), why)
+
+
+def available_host_bytes(meminfo: Path = Path("/proc/meminfo")) -> int | None:
+    """Returns the memory of the host that can be taken without swapping; None where the system does not say."""
+    try:
+        found = re.search(r"^MemAvailable:\s+(\d+) kB", meminfo.read_text(encoding="ascii"), re.MULTILINE)
+    except (OSError, UnicodeDecodeError):
+        return None
+    return int(found[1]) * 1024 if found else None
+
+
+def plan_swap_space(config: EngineConfig, device: jax.Device, *, available_bytes: int | None, page_bytes: int = 1) -> int:
+    """Decides how many pages host memory holds.
+
+    Args:
+        config: ``swap_space`` and ``preemption_mode``.
+        device: Where the engine runs; a CPU's pages are in host memory anyway, so it gets no swap space unless asked to.
+        available_bytes: Free memory of the host; None if it is not known.
+        page_bytes: Bytes of a page in all layers; 1 to have the answer in bytes.
+
+    Raises:
+        ConfigError: The swap space is larger than what is free, or there is none and requests are to be preempted by swapping.
+    """
+    asked = config.cache.swap_space
+    if asked is not None:
+        num_bytes = int(asked * 2**30)
+        if available_bytes is not None and num_bytes > available_bytes:
+            raise ConfigError(
+                f"--swap-space {asked:g} asks for {gib(num_bytes)} of host memory, but {gib(max(0, available_bytes))} are free; lower it"
+            )
+    elif device.platform == "cpu":
+        num_bytes = 0
+    else:
+        most = _DEFAULT_SWAP_BYTES if available_bytes is None else int(_DEFAULT_SWAP_SHARE * available_bytes)
+        num_bytes = max(0, min(_DEFAULT_SWAP_BYTES, most))
+    num_pages = num_bytes // page_bytes
+    if config.scheduler.preemption_mode == "swap" and num_pages == 0:
+        raise ConfigError(
+            f"--preemption-mode swap needs a --swap-space of at least a page ({gib(page_bytes)}); it is {gib(num_bytes)}. "
+            f"Raise --swap-space, or use --preemption-mode recompute"
+        )
+    return num_pages

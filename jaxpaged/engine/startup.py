@@ -9,17 +9,18 @@ import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 
 from jaxpaged.attention import page_bytes, resolve_backend
-from jaxpaged.config import EngineConfig
+from jaxpaged.config import EngineConfig, ModelConfig
 from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.engine import Engine
+from jaxpaged.engine.host_pages import staging_bytes
 from jaxpaged.engine.hub import model_directory
 from jaxpaged.engine.loading import load_model
-from jaxpaged.engine.memory import MemoryPlan, device_budget, plan_memory
+from jaxpaged.engine.memory import MemoryPlan, available_host_bytes, device_budget, plan_memory, plan_swap_space
 from jaxpaged.engine.progress import Progress, Quiet, gib
 from jaxpaged.engine.runner import Runner
 from jaxpaged.engine.status import EngineInfo
@@ -87,6 +88,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     cache_dir = enable_compile_cache(config.compilation_cache_dir)
     device = jax.devices()[0]
     sizes = _resolve(config, device)
+    plan_swap_space(config, device, available_bytes=available_host_bytes())  # refuses early what cannot be
     progress.say(_headline(device))
     progress.say(f"{'attention':9} {sizes.backend}{' (auto)' if config.attention_backend == 'auto' else ''}")
 
@@ -97,6 +99,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
     with _explaining_lack_of_memory(device):
         plan = _plan_pool(config, model, params, sizes, device)
         progress.say(_describe_pool(plan, sizes.page_size, _kv_dtype(config, model)))
+        progress.say(_describe_sharing(config, plan))
         runner = _make_runner(config, model, params, sizes, plan)
         if config.warmup:
             _warm_up(runner, cache_dir, progress)
@@ -136,6 +139,9 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         kv_dtype=_kv_dtype(config, model),
         weight_bytes=sum(array.nbytes for array in params.values()),
         pool_bytes=plan.num_bytes,
+        num_host_pages=plan.num_host_pages,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        preemption_mode=_preemption_mode(config, plan),
         load_s=time.monotonic() - started,
     )
     return LoadedEngine(engine, info, runner.close)
@@ -196,10 +202,10 @@ def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resol
     temp = 0
     if device.platform != "cpu" and config.cache.num_pages is None and config.cache.kv_cache_memory_bytes is None:
         probe = _make_runner(config, model, params, sizes, MemoryPlan(2, size_of_page, max_model_len, ""))
-        temp = probe.temp_bytes(sizes.token_buckets[-1])
+        temp = probe.temp_bytes(sizes.token_buckets[-1]) + staging_bytes(size_of_page)
         probe.close()
     budget = device_budget(config.cache, device, step_temp_bytes=temp)
-    return plan_memory(
+    plan = plan_memory(
         config.cache,
         budget,
         page_size=sizes.page_size,
@@ -209,6 +215,10 @@ def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resol
         may_shorten=config.max_model_len is None,
         keep_small=device.platform == "cpu" and config.cache.kv_cache_memory_bytes is None,
     )
+    available = available_host_bytes()
+    if available is not None and device.platform == "cpu":
+        available -= plan.num_bytes
+    return dataclasses.replace(plan, num_host_pages=plan_swap_space(config, device, available_bytes=available, page_bytes=size_of_page))
 
 
 @contextlib.contextmanager
@@ -238,7 +248,23 @@ def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Res
         token_buckets=sizes.token_buckets,
         kv_dtype=_kv_dtype(config, model),
         attention=sizes.backend,
+        num_host_pages=plan.num_host_pages,
     )
+
+
+def _preemption_mode(config: EngineConfig, plan: MemoryPlan) -> Literal["auto", "recompute", "swap"]:
+    return config.scheduler.preemption_mode if plan.num_host_pages else "recompute"
+
+
+def _sliding_window(config: ModelConfig) -> int | None:
+    """Returns how far back the farthest-seeing layer looks; None if one sees everything."""
+    windows = [window for window in config.window if window is not None]
+    return max(windows) if windows and len(windows) == len(config.window) else None
+
+
+def _keys_depend_on_prompt_length(config: ModelConfig) -> bool:
+    """Whether the rotation of a token's key looks at the length of the whole prompt (``layers.rope``)."""
+    return config.rope_scaling.kind in ("dynamic", "longrope")
 
 
 def _kv_dtype(config: EngineConfig, model: Model) -> str:
@@ -255,6 +281,12 @@ def _describe_pool(plan: MemoryPlan, page_size: int, dtype: str) -> str:
     )
 
 
+def _describe_sharing(config: EngineConfig, plan: MemoryPlan) -> str:
+    swap = f"{plan.num_host_pages:,} pages = {gib(plan.num_host_pages * plan.page_bytes)}" if plan.num_host_pages else "none"
+    prefix = "on" if config.cache.enable_prefix_caching else "off"
+    return f"{'sharing':9} prefix cache {prefix} · swap space {swap} · preemption {_preemption_mode(config, plan)}"
+
+
 def _warm_up(runner: Runner, cache_dir: Path | None, progress: Progress) -> None:
     started, began = time.monotonic(), False
 
@@ -266,9 +298,9 @@ def _warm_up(runner: Runner, cache_dir: Path | None, progress: Progress) -> None
         progress.advance(done)
 
     runner.warm_up(advance)
-    buckets = runner.token_buckets
-    where = f"cache: {runner.cache_hits} hit, {len(buckets) - runner.cache_hits} new  dir {cache_dir}" if cache_dir else "no cache"
-    progress.end(f"{len(buckets)} programs [{buckets[0]}…{buckets[-1]} tokens]  {time.monotonic() - started:.1f} s  {where}")
+    buckets, count = runner.token_buckets, runner.num_programs
+    where = f"cache: {runner.cache_hits} hit, {count - runner.cache_hits} new  dir {cache_dir}" if cache_dir else "no cache"
+    progress.end(f"{count} programs [{buckets[0]}…{buckets[-1]} tokens]  {time.monotonic() - started:.1f} s  {where}")
 
 
 def _generation_defaults(

@@ -64,6 +64,9 @@ class EngineInfo:
         attention_backend: Implementation of paged attention.
         dtype, kv_dtype: Of the weights and of the keys and values in the pages.
         weight_bytes, pool_bytes: On the device.
+        num_host_pages: Pages that host memory holds, for preempted requests and the prefix cache.
+        enable_prefix_caching: Whether pages of earlier texts are used again.
+        preemption_mode: ``recompute``, ``swap``, or ``auto``: what costs less.
         load_s: Seconds from start to ready.
     """
 
@@ -89,4 +92,7 @@ class EngineInfo:
     kv_dtype: str = "float32"
     weight_bytes: int = 0
     pool_bytes: int = 0
+    num_host_pages: int = 0
+    enable_prefix_caching: bool = True
+    preemption_mode: str = "recompute"
     load_s: float = 0.0

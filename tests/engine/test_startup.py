@@ -12,13 +12,13 @@ import jax
 import pytest
 
 from jaxpaged.attention import make_pool, page_bytes
-from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, ModelConfig, SchedulerConfig, make_config
+from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, ModelConfig, RopeScaling, SchedulerConfig, make_config
 from jaxpaged.engine import compile_cache
 from jaxpaged.engine.compile_cache import enable_compile_cache
-from jaxpaged.engine.memory import Budget, plan_memory
+from jaxpaged.engine.memory import Budget, available_host_bytes, plan_memory, plan_swap_space
 from jaxpaged.engine.progress import Bars, Lines, make_progress
 from jaxpaged.engine.runner import Runner
-from jaxpaged.engine.startup import _generation_defaults, _resolve, load_engine
+from jaxpaged.engine.startup import _generation_defaults, _keys_depend_on_prompt_length, _resolve, _sliding_window, load_engine
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError
 
@@ -166,6 +166,78 @@ def test_running_out_of_device_memory_says_what_to_do(monkeypatch):
 def test_a_context_longer_than_the_models_is_refused():
     with pytest.raises(ConfigError, match="max_position_embeddings"):
         load_engine(make_config(EngineConfig, {"max_model_len": 10**6, "compilation_cache_dir": ""}))
+
+
+# ----------------------------------------------------------------------------------------- host memory, sharing, preemption
+
+
+GIB = 2**30
+
+
+def swap_pages(device, *, available=64 * GIB, page_bytes=1, **options):
+    return plan_swap_space(make_config(EngineConfig, options), device, available_bytes=available, page_bytes=page_bytes)
+
+
+def test_a_swap_space_by_platform_and_free_memory():
+    assert swap_pages(CPU) == 0
+    assert swap_pages(HOPPER) == swap_pages(TPU) == 4 * GIB
+    assert swap_pages(HOPPER, available=GIB) == GIB // 2  # nobody asked for more
+    assert swap_pages(HOPPER, available=-5) == 0
+    assert swap_pages(CPU, swap_space=0.5, page_bytes=GIB // 8) == 4
+    assert swap_pages(HOPPER, available=None) == 4 * GIB
+    assert swap_pages(HOPPER, swap_space=0) == 0
+
+
+@pytest.mark.parametrize("device", [CPU, HOPPER])
+def test_a_swap_space_larger_than_free_memory_is_refused_with_both_numbers(device):
+    assert swap_pages(device, swap_space=3, available=3 * GIB) == 3 * GIB
+    with pytest.raises(ConfigError, match=r"--swap-space 3 asks for 3\.00 GiB of host memory, but 2\.00 GiB are free"):
+        swap_pages(device, swap_space=3, available=2 * GIB)
+    assert swap_pages(device, swap_space=3, available=None) == 3 * GIB
+
+
+@pytest.mark.parametrize(("swap_space", "page_bytes"), [(None, 1), (0, 1), (0.5, GIB)])
+def test_swapping_without_room_for_a_page_is_refused(swap_space, page_bytes):
+    options = {} if swap_space is None else {"swap_space": swap_space}
+    with pytest.raises(ConfigError, match="--preemption-mode swap needs a --swap-space"):
+        swap_pages(CPU, preemption_mode="swap", page_bytes=page_bytes, **options)
+    assert swap_pages(CPU, preemption_mode="recompute", page_bytes=page_bytes, **options) == 0
+
+
+def test_free_memory_is_what_the_kernel_says(tmp_path):
+    file = tmp_path / "meminfo"
+    file.write_text("MemTotal:       16 kB\nMemFree:        2 kB\nMemAvailable:   12 kB\n")
+    assert available_host_bytes(file) == 12 * 1024
+    file.write_text("MemTotal:       16 kB\n")
+    assert available_host_bytes(file) is None
+    assert available_host_bytes(tmp_path / "absent") is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"), [({"swap_space": 2**19}, "are free"), ({"preemption_mode": "swap"}, "needs a --swap-space")]
+)
+def test_an_engine_refuses_such_a_swap_space_before_it_loads_anything(options, message):
+    with pytest.raises(ConfigError, match=message):
+        load_engine(make_config(EngineConfig, {"model": "nowhere", "compilation_cache_dir": "", **options}))
+
+
+def model_config(**more):
+    return ModelConfig(
+        architecture="LlamaForCausalLM", vocab_size=9, hidden_size=8, intermediate_size=8, num_layers=2, num_heads=1, num_kv_heads=1,
+        head_dim=8, max_position_embeddings=9, **more,
+    )  # fmt: skip
+
+
+def test_pages_may_be_left_behind_only_if_no_layer_sees_them():
+    assert _sliding_window(model_config(window=(4, 8))) == 8
+    assert _sliding_window(model_config(window=(4, None))) is None
+    assert _sliding_window(model_config(window=(None, None))) is None
+    assert _sliding_window(model_config()) is None
+
+
+@pytest.mark.parametrize("kind", ["default", "linear", "dynamic", "yarn", "llama3", "longrope"])
+def test_keys_that_look_at_the_prompts_length(kind):
+    assert _keys_depend_on_prompt_length(model_config(rope_scaling=RopeScaling(kind=kind))) is (kind in ("dynamic", "longrope"))
 
 
 # --------------------------------------------------------------------------------------------------------- the compile cache
@@ -326,6 +398,20 @@ def test_the_start_up_log_says_what_was_loaded(small, caplog):
     assert longest == loaded.info.model_config.max_position_embeddings
     assert loaded.info.num_pages == 2 * longest // 16 + 1
     assert loaded.info.model_name == "tiny" and loaded.info.platform == "cpu"
+    assert "sharing   prefix cache on · swap space none · preemption recompute" in text
+    assert (loaded.info.num_host_pages, loaded.info.enable_prefix_caching, loaded.info.preemption_mode) == (0, True, "recompute")
+    loaded.close()
+
+
+def test_the_start_up_log_says_what_is_shared_and_swapped():
+    lines = []
+    options = {"load_format": "dummy", "warmup": False, "compilation_cache_dir": "", "max_num_seqs": 2, "max_num_batched_tokens": 8}
+    options |= {"swap_space": 0.125, "enable_prefix_caching": False, "num_pages": 200}
+    loaded = load_engine(make_config(EngineConfig, options), Lines(lines.append))
+    page_bytes = loaded.info.pool_bytes // 200
+    assert loaded.info.num_host_pages == 2**27 // page_bytes
+    assert (loaded.info.enable_prefix_caching, loaded.info.preemption_mode) == (False, "auto")
+    assert any(line.startswith("sharing   prefix cache off · swap space ") and line.endswith("preemption auto") for line in lines)
     loaded.close()
 
 
