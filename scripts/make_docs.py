@@ -95,6 +95,7 @@ PARTS: dict[str, Callable[[], str]] = {
     "tokenize fields": lambda: fields_table("/tokenize", "honoured"),
     "detokenize fields": lambda: fields_table("/detokenize", "honoured"),
     "sampling fields": sampling_table,
+    "fields of samples": lambda: ", ".join(f"`{field.name}`" for field in SAMPLING_FIELDS if field.goes_with == "samples"),
 }
 
 

@@ -101,6 +101,7 @@ class FakeAsyncEngine:
         running: Requests in flight, by id.
         fail_at: Output position at which a request ends with an error, and its code; ``fail_index`` names the sample, None means all.
         logprob: Log-probability of the tokens of each sample, by index.
+        caching: Whether it plays a prefix cache.
         num_resets: How often the prefix cache was reset.
     """
 
@@ -122,6 +123,7 @@ class FakeAsyncEngine:
         self.fail_at: tuple[int, str] | None = None
         self.fail_index: int | None = None
         self.logprob: Callable[[int], float] = lambda index: -0.5
+        self.caching = False
         self.num_resets = 0
         self.aborted: list[tuple[str, int | None]] = []
         self._seen: dict[str, set[tuple[int, ...]]] = {}
@@ -177,6 +179,8 @@ class FakeAsyncEngine:
 
     def num_cached(self, request: Request) -> int:
         """Plays a prefix cache of pages of one token: what the prompt shares with one that its tenant asked before, less its last token."""
+        if not self.caching:
+            return 0
         seen = self._seen.setdefault(request.tenant, set())
         hits = max((_common(request.prompt, prompt) for prompt in seen), default=0)
         seen.add(request.prompt)

@@ -138,7 +138,7 @@ class OutputProcessor:
         if not self.finished:
             return ()
         whole = [self._joined(deltas) for deltas in self._kept]
-        prompt_logprobs = tuple(entry for sample in whole for entry in sample.prompt_logprobs)
+        prompt_logprobs = max((sample.prompt_logprobs for sample in whole), key=len)
         best = sorted(whole, key=_mean_logprob, reverse=True)[: self._n]
         return [
             dataclasses.replace(

@@ -44,6 +44,31 @@ def test_a_request_is_completed(info):
     assert request.arrival_s > 0
 
 
+@pytest.mark.parametrize(
+    ("params", "param"),
+    [
+        ({"n": 5}, "n"),
+        ({"best_of": 5}, "best_of"),
+        ({"n": 2, "best_of": 5}, "best_of"),
+        ({"use_beam_search": True, "n": 5}, "n"),
+        ({"use_beam_search": True, "n": 4, "beam_width": 5}, "beam_width"),
+    ],
+)
+def test_a_request_with_more_sequences_than_a_batch_is_refused(info, params, param):
+    error = refused(info, **params)
+    assert error.param == param and "4" in str(error) and "5" in str(error)
+    fitting = {name: min(value, 4) for name, value in params.items()}
+    assert make_request([1], SamplingParams(**fitting), info, request_id="a", tenant="t").tenant == "t"
+
+
+def test_a_beam_search_takes_no_sampling_defaults(info):
+    params = make_params({"use_beam_search": True, "n": 2}, info)
+    assert (params.temperature, params.top_p) == (1.0, 1.0)
+    assert make_params({"use_beam_search": False}, info).temperature == 0.3
+    with pytest.raises(RequestError, match="temperature"):
+        make_params({"use_beam_search": True, "temperature": 0.3}, info)
+
+
 @pytest.mark.parametrize("length", [99, 100, 101])
 def test_the_contexts_edge(info, length):
     if length < 100:

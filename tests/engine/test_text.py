@@ -266,6 +266,49 @@ def test_samples_are_kept_apart(tiny):
     assert processor.finished
 
 
+def ended(index, logprobs, reason=FinishReason.STOP):
+    entries = tuple(TokenLogprobs(5 + i, value, 1) for i, value in enumerate(logprobs))
+    return TokenEvent("r", index, tuple(range(5, 5 + len(entries))), entries, finish_reason=reason)
+
+
+def test_the_best_of_several_by_mean_log_probability_come_when_all_have_ended(tiny):
+    processor = OutputProcessor(request_with(n=2, best_of=4), tiny)
+    events = [ended(2, [-0.1], FinishReason.ERROR), ended(1, [-1.0, -1.0, -1.2]), ended(3, [-1.5]), ended(0, [-1.4, -0.2, -1.6])]
+    released = [processor.release(processor.process(event)) for event in events]
+    assert [len(deltas) for deltas in released] == [0, 0, 0, 2]
+    best, second = released[-1]
+    assert (best.index, best.cumulative_logprob, second.index) == (0, pytest.approx(-3.2), 1)
+    assert (best.logprobs, best.token_ids, best.finish_reason) == ((), (5, 6, 7), "stop")
+    assert (second.cumulative_logprob, processor.num_output_tokens) == (pytest.approx(-3.2), 8)
+
+
+def test_of_equally_good_samples_the_first_comes_first_and_failed_ones_last(tiny):
+    processor = OutputProcessor(request_with(n=3, best_of=4, logprobs=0), tiny)
+    (ends,) = [
+        processor.release(processor.process(event))
+        for event in (ended(3, [-2.0]), ended(0, [-0.1], FinishReason.ABORT), ended(2, [-2.0, -2.0]), ended(1, []))
+    ][-1:]
+    assert [len(delta.token_ids) for delta in ends] == [2, 1, 1]
+    assert [delta.finish_reason for delta in ends] == ["stop", "stop", "abort"]
+    assert [len(delta.logprobs) for delta in ends] == [2, 1, 1]
+
+
+def test_without_best_of_all_is_released_at_once(tiny):
+    for params in ({"n": 2}, {"n": 2, "best_of": 2}):
+        processor = OutputProcessor(request_with(**params), tiny)
+        delta = processor.process(TokenEvent("r", 1, (5,)))
+        assert list(processor.release(delta)) == [delta]
+
+
+def test_beams_that_are_not_returned_say_nothing(tiny):
+    processor = OutputProcessor(request_with(n=2, use_beam_search=True, beam_width=4), tiny)
+    events = [TokenEvent("r", i, (5, 6)[: 2 - i], finish_reason=FinishReason.LENGTH, cumulative_logprob=-1.0 - i) for i in range(2)]
+    events += [TokenEvent("r", i, finish_reason=FinishReason.LENGTH, num_cached_tokens=3) for i in (2, 3)]
+    found = [processor.process(event) for event in events]
+    assert [delta and delta.cumulative_logprob for delta in found] == [-1.0, -2.0, None, None]
+    assert processor.finished and (processor.num_output_tokens, processor.num_cached_tokens) == (3, 3)
+
+
 def test_special_tokens_are_left_out_or_shown(tiny):
     ids = [*tiny.encode("hi"), tiny.eos_token_id]
     assert drive(tiny, request_with(), events_of(ids))[1] == "hi"

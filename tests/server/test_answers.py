@@ -3,6 +3,7 @@
 import json
 
 import pytest
+from server_fakes import replace_info
 from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
@@ -18,6 +19,15 @@ def stable(body):
     assert body["id"].startswith(("chatcmpl-", "cmpl-"))
     assert isinstance(body["created"], int)
     return {key: value for key, value in body.items() if key not in ("id", "created", "system_fingerprint")}
+
+
+def usage(prompt, completion, cached=0):
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {"cached_tokens": cached},
+    }
 
 
 def test_chat(client):
@@ -36,7 +46,7 @@ def test_chat(client):
                 "stop_reason": None,
             }
         ],
-        "usage": {"prompt_tokens": 21, "completion_tokens": 9, "total_tokens": 30},
+        "usage": usage(21, 9),
     }
 
 
@@ -54,7 +64,7 @@ def test_chat_stream(client):
         chunk | {"choices": [piece | {"delta": {"content": "u"}}]},
         chunk | {"choices": [piece | {"delta": {"content": "s"}}]},
         chunk | {"choices": [piece | {"delta": {}, "finish_reason": "length", "stop_reason": None}]},
-        chunk | {"choices": [], "usage": {"prompt_tokens": 21, "completion_tokens": 3, "total_tokens": 24}},
+        chunk | {"choices": [], "usage": usage(21, 3)},
     ]
 
 
@@ -83,7 +93,7 @@ def test_completion(client):
         "object": "text_completion",
         "model": "echo",
         "choices": [{"index": 0, "text": "hel", "logprobs": None, "finish_reason": "length", "stop_reason": None}],
-        "usage": {"prompt_tokens": 5, "completion_tokens": 3, "total_tokens": 8},
+        "usage": usage(5, 3),
     }
 
 
@@ -104,7 +114,7 @@ def test_several_prompts_and_samples(client):
     body = {"model": "echo", "prompt": ["abc", "de"], "n": 2, "echo": True}
     answer = client.post("/v1/completions", body).json()
     assert [(choice["index"], choice["text"]) for choice in answer["choices"]] == [(0, "abcabc"), (1, "abcabc"), (2, "dede"), (3, "dede")]
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 10, "total_tokens": 15}
+    assert answer["usage"] == usage(5, 10)
     texts = dict.fromkeys(range(4), "")
     for event in events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]:
         texts[event["choices"][0]["index"]] += event["choices"][0]["text"]
@@ -119,6 +129,83 @@ def test_chat_samples_interleave_by_index(client):
         assert "".join(choice["delta"].get("content", "") for choice in own) == REPLY
         assert [choice["finish_reason"] for choice in own] == [None] * (len(own) - 1) + ["stop"]
     assert {event["choices"][0]["index"] for event in events[:6]} == {0, 1, 2}
+
+
+BEST = {0: -0.5, 1: -0.1, 2: -0.9, 3: -0.2}
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": ["hey", "you"]}), ("/v1/chat/completions", CHAT)])
+def test_the_best_of_several_come_first_and_all_are_counted(client, path, body):
+    client.engine.logprob = BEST.get
+    body = {"model": "echo", "n": 3, "best_of": 4, "max_tokens": 3, **body}
+    plain = client.post(path, body).json()
+    num_prompts = len(body.get("prompt", [0]))
+    assert [choice["index"] for choice in plain["choices"]] == list(range(3 * num_prompts))
+    assert all(choice["logprobs"] is None for choice in plain["choices"])
+    assert plain["usage"]["completion_tokens"] == 4 * 3 * num_prompts
+    shown = client.post(path, body | ({"logprobs": 1} if "prompt" in body else {"logprobs": True})).json()
+    for number, choice in enumerate(shown["choices"]):
+        found = choice["logprobs"].get("token_logprobs") or [entry["logprob"] for entry in choice["logprobs"]["content"]]
+        assert found == [(-0.1, -0.2, -0.5)[number % 3]] * 3
+
+
+def test_best_of_counts_by_token_and_what_failed_comes_last(client):
+    client.engine.logprob = {0: -1.0, 1: -0.1, 2: -0.4}.get
+    client.engine.fail_at, client.engine.fail_index = (1, "numerical_error"), 1
+    body = {"model": "echo", "prompt": "hello", "best_of": 3, "logprobs": 0}
+    answer = client.post("/v1/completions", body).json()
+    assert answer["choices"][0]["logprobs"]["token_logprobs"] == [-0.4] * 5
+    client.refused(client.post("/v1/completions", body | {"n": 3}), 500, code="numerical_error")
+
+
+def test_a_stop_string_ends_one_of_the_samples_of_best_of_in_the_engine_too(client):
+    answer = client.post("/v1/completions", {"model": "echo", "prompt": "hello", "best_of": 2, "stop": "ll"}).json()
+    assert [(choice["text"], choice["stop_reason"]) for choice in answer["choices"]] == [("he", "ll")]
+    assert [index for _, index in client.engine.aborted] == [0, 1]
+    assert answer["usage"]["completion_tokens"] == 8
+
+
+def test_prompt_logprobs_are_the_prompts_whichever_sample_is_best(client):
+    client.engine.logprob = BEST.get
+    body = {"model": "echo", "prompt": "hey", "echo": True, "logprobs": 1, "best_of": 4, "n": 2, "max_tokens": 1}
+    for choice in client.post("/v1/completions", body).json()["choices"]:
+        assert choice["logprobs"]["tokens"] == ["h", "e", "y", "h"]
+
+
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"prompt": ["hello", "you"]}), ("/v1/chat/completions", CHAT)])
+def test_beams_come_best_first_and_those_not_returned_are_not_counted(client, path, body):
+    more = {"use_beam_search": True, "n": 2, "beam_width": 4, "length_penalty": 0.5, "early_stopping": "never", "max_tokens": 3}
+    answer = client.post(path, {"model": "echo", **body, **more}).json()
+    texts = [choice["text"] if "text" in choice else choice["message"]["content"] for choice in answer["choices"]]
+    assert texts == (["hel", "he", "you", "yo"] if "prompt" in body else ["us", "u"])
+    assert answer["usage"]["completion_tokens"] == (10 if "prompt" in body else 5)
+    params = client.engine.submitted[-1].params
+    assert (params.use_beam_search, params.num_sequences, params.n) == (True, 4, 2)
+    assert (params.length_penalty, params.early_stopping) == (0.5, "never")
+
+
+def test_the_models_sampling_defaults_do_not_keep_anybody_from_beam_search(client):
+    replace_info(client.engine, default_sampling={"temperature": 0.6, "top_p": 0.9, "top_k": 5, "max_tokens": 2})
+    answer = client.post("/v1/completions", {"model": "echo", "prompt": "hello", "use_beam_search": True})
+    assert answer.status_code == 200, answer.text
+    client.post("/v1/completions", {"model": "echo", "prompt": "hello"})
+    assert [request.params.temperature for request in client.engine.submitted] == [1.0, 0.6]
+
+
+@pytest.mark.parametrize(
+    ("path", "body"), [("/v1/completions", {"model": "echo", "prompt": ["hey", "hey you"]}), ("/v1/chat/completions", CHAT)]
+)
+def test_cached_tokens_are_counted_whole_and_streamed(client, path, body):
+    client.engine.caching = True
+    expected = [3, 2 + 6] if "prompt" in body else [0, 20]
+    streaming = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
+    assert [client.post(path, body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)] == expected
+    assert client.post("/reset_prefix_cache", {}).json() == {"status": "ok"}
+    for cached in expected:
+        events = events_of(client.post(path, body | streaming).text)[:-1]
+        counts = [event["usage"]["prompt_tokens_details"]["cached_tokens"] for event in events]
+        assert counts[-1] == cached and counts == sorted(counts)
+    assert client.engine.num_resets == 1
 
 
 def test_chat_logprobs(client):
@@ -168,7 +255,7 @@ def test_the_chosen_token_is_always_among_the_top_ones(client):
     best = TokenText(1, "a", b"a", -0.1, 1)
     chosen = TokenText(2, "b", b"b", -3.0, 7, (best,))
     choice = Choice(index=0, text=["b"], logprobs=[chosen], finish_reason="stop")
-    body = json.loads(Renderer(label=label, chat=False, want_logprobs=True).answer([choice], Usage.of(1, 1)))
+    body = json.loads(Renderer(label=label, chat=False, want_logprobs=True).answer([choice], Usage.of(1, 1, 0)))
     assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -3.0}]
 
 

@@ -69,6 +69,13 @@ BOTH_CASES = {
     "no id allowed": ({"allowed_token_ids": []}, "allowed_token_ids"),
     "every allowed id is bad": ({"allowed_token_ids": [1, 2], "bad_token_ids": [2, 1]}, "allowed_token_ids"),
     "every id is bad": ({"bad_token_ids": list(range(VOCAB))}, "bad_token_ids"),
+    "best_of under n": ({"n": 3, "best_of": 2}, "best_of"),
+    "best_of in a stream": ({"n": 2, "best_of": 3, "stream": True}, "best_of"),
+    "a beam search in a stream": ({"use_beam_search": True, "stream": True}, "use_beam_search"),
+    "beam_width under n": ({"use_beam_search": True, "n": 3, "beam_width": 2}, "beam_width"),
+    "more beams than there may be": ({"use_beam_search": True, "n": 11}, "n"),
+    "best_of of beams": ({"use_beam_search": True, "best_of": 2}, "best_of"),
+    "beam_width alone": ({"beam_width": 2}, "beam_width"),
     "model is a number": ({"model": 5}, "model"),
     "model is 4 KB": ({"model": "x" * 4096}, "model"),
     "model is empty list": ({"model": []}, "model"),
@@ -99,6 +106,7 @@ TEXT_CASES = {
     "too many prompts": ({"prompt": ["x"] * (MAX_PROMPTS + 1)}, "prompt"),
     "too many id lists": ({"prompt": [[1]] * (MAX_PROMPTS + 1)}, "prompt"),
     "too many sequences": ({"prompt": ["x"] * (MAX_PROMPTS // 100), "n": 128}, "n"),
+    "too many sequences by best_of": ({"prompt": ["x"] * (MAX_PROMPTS // 100), "n": 2, "best_of": 128}, "best_of"),
     "logprobs as a boolean": ({"logprobs": True}, "logprobs"),
     "ids longer than the context": ({"prompt": [1] * 512}, "prompt"),
     "text longer than the context": ({"prompt": "x" * 600}, "prompt"),
@@ -244,7 +252,7 @@ def test_a_body_may_be_as_large_as_the_limit_and_no_larger(make_client):
 
 
 ROUTES = {
-    "POST": ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"],
+    "POST": ["/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize", "/reset_prefix_cache"],
     "GET": ["/v1/models", "/v1/models/echo", "/livez", "/readyz", "/health", "/version", "/load", "/metrics", "/openapi.json"],
 }
 
@@ -272,13 +280,37 @@ def test_head_is_answered_where_get_is(shared_client):
 @pytest.mark.parametrize(
     "path",
     ["/", "/v1", "/v1/", "/v1/embeddings", "/v1/models/", "//v1/models", "/V1/models", "/docs", "/redoc", "/v1/completions/",
-     "/metrics/", "/%2e%2e/metrics", "/invocations", "/reset_prefix_cache", "/favicon.ico", "/v1/models/%00"],
+     "/metrics/", "/%2e%2e/metrics", "/invocations", "/reset_prefix_cache/", "/favicon.ico", "/v1/models/%00"],
 )  # fmt: skip
 def test_routes_that_do_not_exist(shared_client, path):
     for method in ("GET", "POST"):
         answer = shared_client.request(method, path)
         assert answer.status_code in (404, 405), answer.text
         shared_client.refused(answer, answer.status_code)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"n": 5}, "n"),
+        ({"n": 2, "best_of": 5}, "best_of"),
+        ({"use_beam_search": True, "n": 5}, "n"),
+        ({"use_beam_search": True, "n": 2, "beam_width": 5}, "beam_width"),
+    ],
+)
+def test_more_sequences_than_a_batch_holds(make_client, path, change, param):
+    client = make_client()
+    replace_info(client.engine, max_num_seqs=4)
+    body = CHAT if "chat" in path else TEXT
+    error = client.refused(client.post(path, body | change), 400, param=param)
+    assert "4" in error["message"] and "5" in error["message"]
+    assert client.post(path, body | {name: min(value, 4) for name, value in change.items()}).status_code == 200
+
+
+def test_best_of_n_may_be_streamed_where_nothing_is_chosen(shared_client):
+    answer = shared_client.post("/v1/completions", TEXT | {"n": 2, "best_of": 2, "stream": True})
+    assert {event["choices"][0]["index"] for event in events_of(answer.text)[:-1]} == {0, 1}
 
 
 def test_no_room_is_429_before_the_first_byte(make_client):
@@ -322,6 +354,8 @@ def test_not_ready_is_503(make_client, state):
         assert int(answer.headers["retry-after"]) > 0
     for path in ("/v1/models", "/v1/models/echo"):
         client.refused(client.request("GET", path), 503)
+    client.refused(client.request("POST", "/reset_prefix_cache"), 503)
+    assert client.engine.num_resets == 0
     for path in ("/health", "/readyz", "/ping"):
         answer = client.request("GET", path)
         assert answer.status_code == 503

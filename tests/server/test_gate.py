@@ -73,6 +73,33 @@ def test_each_key_opens_every_route(locked, value):
         assert answer.status_code in (200, 400, 405, 415), (method, path, answer.text)
 
 
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_the_prefix_cache_is_parted_by_key(make_client, path):
+    """Both ways: the same key finds what it sent before, another key does not, and neither does the same key of another process."""
+    body = {"model": "echo", "max_tokens": 1} | (
+        {"prompt": "a common beginning"} if "chat" not in path else {"messages": [{"role": "user", "content": "a common beginning"}]}
+    )
+
+    def ask(client, key, **extra):
+        answer = client.post(path, body | extra, headers=[("authorization", f"Bearer {key}".encode())])
+        return answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"]
+
+    client = make_client(config=ServerConfig(api_key=(KEY, OTHER, KEY)))
+    client.engine.caching = True
+    assert [ask(client, key) > 0 for key in (KEY, KEY, OTHER, OTHER, KEY)] == [False, True, False, True, True]
+    assert ask(client, OTHER, user="somebody", prompt_cache_key="x", safety_identifier="y") > 0, "the client does not choose"
+    tenants = [request.tenant for request in client.engine.submitted]
+    assert len(set(tenants)) == 2 and len(set(tenants[:2])) == 1
+    assert not any(key in tenant or tenant in key for tenant in tenants for key in (KEY, OTHER))
+    again = make_client(client.engine, ServerConfig(api_key=(KEY,)))
+    assert ask(again, KEY) == 0, "the secret is made anew in each process"
+
+
+def test_without_keys_there_is_one_tenant(client):
+    client.post("/v1/completions", {"model": "echo", "prompt": "x"}, headers={"authorization": "Bearer anything"})
+    assert [request.tenant for request in client.engine.submitted] == [""]
+
+
 def test_all_keys_are_compared_in_constant_time(locked, monkeypatch):
     compared = []
     real = hmac.compare_digest

@@ -82,6 +82,29 @@ def test_extra_fields_of_vllm(ai):
     assert len(answer.prompt_logprobs) == 21
 
 
+def test_the_best_of_several(ai):
+    answer = ai.completions.create(model="echo", prompt="hello", n=2, best_of=4)
+    assert [(choice.index, choice.text) for choice in answer.choices] == [(0, "hello"), (1, "hello")]
+    assert answer.usage.completion_tokens == 20
+    assert answer.usage.prompt_tokens_details.cached_tokens == 0
+    chat = ai.chat.completions.create(model="echo", messages=MESSAGES, n=2, extra_body={"best_of": 3})
+    assert [choice.message.content for choice in chat.choices] == [REPLY, REPLY]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.completions.create(model="echo", prompt="hello", best_of=2, stream=True)
+    assert caught.value.param == "best_of"
+
+
+def test_beam_search(ai):
+    extra = {"use_beam_search": True, "beam_width": 4, "length_penalty": 0.8, "early_stopping": True}
+    answer = ai.completions.create(model="echo", prompt="hello", n=3, temperature=0, extra_body=extra)
+    assert [choice.text for choice in answer.choices] == ["hello", "hell", "hel"]
+    chat = ai.chat.completions.create(model="echo", messages=MESSAGES, n=2, extra_body=extra)
+    assert [choice.index for choice in chat.choices] == [0, 1]
+    with pytest.raises(openai.BadRequestError) as caught:
+        ai.chat.completions.create(model="echo", messages=MESSAGES, stream=True, extra_body=extra)
+    assert caught.value.param == "use_beam_search"
+
+
 @pytest.mark.parametrize("prompt", ["hey", ["hey", "you"], [1, 2, 3], [[1, 2], [3, 4]]])
 @pytest.mark.parametrize("n", [1, 2])
 def test_completions_with_every_form_of_prompt(ai, prompt, n):
