@@ -80,8 +80,7 @@ class InFlight:
         for row in np.flatnonzero(beams & (index[: len(beams)] == 0)).tolist():
             request = self.plan.work[row].sequence.request
             triples = zip(parents[row].tolist(), ids[row].tolist(), scores[row].tolist(), strict=True)
-            best = [BeamCandidate(*triple) for triple in triples if triple[1] >= 0]
-            found[request.id] = tuple(best[: 2 * request.params.num_sequences])
+            found[request.id] = tuple(BeamCandidate(*triple) for triple in triples if triple[1] >= 0)
         return found
 
     def _read_logprobs(self, tokens: Sequence[int], wanted: np.ndarray) -> list[TokenLogprobs | None]:
