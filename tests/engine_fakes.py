@@ -27,6 +27,8 @@ BUCKETS = (1, 4, 16)
 MAX_SEQS = 4
 PAGE_SIZE = 8
 POOL_PAGES = 1025
+HOST_PAGES = 200
+PAGE_BYTES = SMALL["num_hidden_layers"] * PAGE_SIZE * 2 * SMALL["num_key_value_heads"] * SMALL["head_dim"] * 4
 NAN_TOKEN = 2047
 """A token whose embedding is not a number: a request with it in its prompt has NaN logits, and nobody else."""
 
@@ -62,6 +64,7 @@ def load_small() -> Small:
         max_num_seqs=MAX_SEQS,
         max_num_batched_tokens=BUCKETS[-1],
         token_buckets=BUCKETS,
+        swap_space=HOST_PAGES * PAGE_BYTES / 2**30,
         compilation_cache_dir="",
         show_progress=False,
     )

@@ -1,20 +1,26 @@
+import dataclasses
 import time
 
 import numpy as np
 
 from jaxpaged.engine.batch import BatchBuilder, row_flags, sample_seed
-from jaxpaged.scheduling.plan import FEEDBACK, StepPlan, Work
+from jaxpaged.scheduling.plan import FEEDBACK, PageCopy, StepPlan, Work
 from jaxpaged.scheduling.request import Request, SamplingParams, Sequence
 from jaxpaged.state import RowFlag
 
 
+def make_sequence(request, index=0, **more):
+    return Sequence(request, index, **more)
+
+
 def sequence(slot, prompt, pages, *, index=0, seed=0, eos=(), **params):
     request = Request(id=str(slot), prompt=tuple(prompt), params=SamplingParams(max_tokens=50, **params), seed=seed, eos_token_ids=eos)
-    return Sequence(request, index, slot=slot, page_ids=list(pages))
+    return make_sequence(request, index, slot=slot, page_ids=list(pages))
 
 
-def work(seq, start, count, *, new=True, samples=None, num_output=0):
-    return Work(seq, start, count, start + count >= len(seq.tokens) if samples is None else samples, new, num_output)
+def work(seq, start, count, *, new=True, samples=None, num_output=0, table_start=0, beam_score=None):
+    samples = start + count >= len(seq.tokens) if samples is None else samples
+    return Work(seq, start, count, samples, new, num_output, table_start, beam_score)
 
 
 def plan_of(*rows, bucket=16, slots=4):
@@ -59,6 +65,51 @@ def test_the_block_table_follows_the_pages_and_forgets_the_slot_before():
     assert builder.build(plan_of(work(seq, 9, 1, new=False))).block_tables[0].tolist() == [4, 6, 9, 2, 0]
     other = sequence(1, [5], [8])
     assert builder.build(plan_of(work(other, 0, 1))).block_tables[0].tolist() == [8, 0, 0, 0, 0]
+
+
+def test_a_block_table_is_written_from_where_it_changed():
+    builder = BatchBuilder(page_size=4, table_width=5, max_num_seqs=4)
+    seq = sequence(1, range(17), [4, 6, 9, 2])
+    table = lambda **more: builder.build(plan_of(work(seq, 8, 1, **more))).block_tables[0].tolist()  # noqa: E731
+    assert table() == [4, 6, 9, 2, 0]
+    seq.page_ids[:] = [4, 6, 7, 3, 8]  # a fork's copies, and a page more
+    assert table(new=False, table_start=2) == [4, 6, 7, 3, 8]
+    seq.page_ids[:2] = [0, 0]  # a sliding window has left them behind
+    assert table(new=False, table_start=0) == [0, 0, 7, 3, 8]
+    seq.page_ids[3:] = [5]  # a shorter list leaves nothing behind
+    assert table(new=False, table_start=3) == [0, 0, 7, 5, 0]
+    seq.page_ids[1] = 77
+    assert table(new=False, table_start=4) == [0, 0, 7, 5, 0]  # the plan did not say so
+    assert table(new=True, table_start=4) == [0, 77, 7, 5, 0]  # whoever takes a slot has a new table
+
+
+def test_copies_are_passed_on():
+    builder = BatchBuilder(page_size=4, table_width=5, max_num_seqs=4)
+    plan = plan_of(work(sequence(1, [5], [3]), 0, 1))
+    assert builder.build(plan).num_copies.tolist() == [0]
+    inputs = builder.build(dataclasses.replace(plan, copies=(PageCopy(7, 3), PageCopy(7, 9))))
+    assert inputs.num_copies.tolist() == [2]
+    assert inputs.copy_sources[:2].tolist() == [7, 7] and inputs.copy_destinations[:2].tolist() == [3, 9]
+
+
+def test_beams_have_their_score_and_their_place_and_nothing_is_drawn():
+    builder = BatchBuilder(page_size=4, table_width=5, max_num_seqs=8)
+    options = {"use_beam_search": True, "beam_width": 3, "n": 1, "temperature": 0.0}
+    first = [sequence(slot, [5], [slot + 1], index=slot, **options) for slot in range(3)]
+    group = first[0].request
+    first = [make_sequence(group, index, slot=index, page_ids=[index + 1]) for index in range(3)]
+    other = sequence(4, [6], [5], **options)
+    plain = sequence(5, [7], [6], temperature=0.0)
+    rows = [
+        *(work(seq, 0, 1, beam_score=-1.5 - index) for index, seq in enumerate(first)),
+        work(other, 0, 1, beam_score=-7.0),
+        work(plain, 0, 1),
+    ]
+    inputs = builder.build(plan_of(*rows, bucket=8, slots=8))
+    beam = RowFlag.SAMPLES | RowFlag.BEAM | RowFlag.LOGPROBS
+    assert inputs.flags.tolist() == [beam, beam, beam, beam, RowFlag.SAMPLES, 0, 0, 0]
+    assert inputs.beam_index.tolist() == [0, 1, 2, 0, 0, 0, 0, 0]
+    assert inputs.beam_score.tolist() == [-1.5, -2.5, -3.5, -7.0, 0, 0, 0, 0]
 
 
 def test_prompt_targets_are_the_following_prompt_tokens():

@@ -1,9 +1,13 @@
+import dataclasses
+
 import jax
 import numpy as np
 import pytest
-from engine_fakes import BUCKETS, make, prompts, run
+from engine_fakes import BUCKETS, HOST_PAGES, make, prompts, run
 
-from jaxpaged.scheduling.plan import INVALID_TOKEN
+from jaxpaged.engine.preemption import PreemptionCost
+from jaxpaged.scheduling.plan import INVALID_TOKEN, PageCopy, StepPlan, Transfer, Work
+from jaxpaged.scheduling.request import Sequence
 from jaxpaged.state import StepInputs
 
 
@@ -118,3 +122,116 @@ def test_padding_steps_change_no_page(small):
         assert (np.asarray(runner._run(inputs).tokens) == INVALID_TOKEN).all()
     for old, layer in zip(before, runner.pool.layers, strict=True):
         np.testing.assert_array_equal(old, np.asarray(layer.kv))
+
+
+# ------------------------------------------------------------------------------------------- pages that are copied and moved
+
+
+def make_sequence(request, index=0, **more):
+    return Sequence(request, index, **more)
+
+
+def plan_of(*rows, **more):
+    total = sum(row.num_new_tokens for row in rows)
+    bucket = next(bucket for bucket in BUCKETS if bucket >= total)
+    return StepPlan(1, rows, total, bucket, min(bucket, 4), **more)
+
+
+def decode(runner, request, pages, *, after, **more):
+    """Computes a prompt on its pages, then ``after`` says on which others it goes on and what happens before; returns the logprobs."""
+    runner.reset()
+    sequence = make_sequence(request, slot=0, page_ids=list(pages))
+    count = len(request.prompt)
+    runner.dispatch(plan_of(Work(sequence, 0, count, True, True, 0))).read()
+    sequence.page_ids = list(after)
+    sequence.tokens.append(7)
+    return runner.dispatch(plan_of(Work(sequence, count, 1, True, False, 1), **more)).read()
+
+
+def test_pages_that_moved_to_the_host_and_back_or_were_copied_hold_the_same(small):
+    request = make("a", range(3, 16), temperature=0.0, logprobs=3)
+    expected = decode(small.runner, request, [4, 5], after=[4, 5])
+    away, back = Transfer(True, (4, 5), (HOST_PAGES, 1)), Transfer(False, (900, 3), (HOST_PAGES, 1))
+    overwritten = Transfer(False, (4, 5), (1, HOST_PAGES))
+    assert decode(small.runner, request, [4, 5], after=[900, 3], transfers=(away, back, overwritten)) == expected
+    assert decode(small.runner, request, [4, 5], after=[4, 9], copies=(PageCopy(5, 9),)) == expected
+    moved_then_copied = {"transfers": (away, back), "copies": (PageCopy(3, 77),)}
+    assert decode(small.runner, request, [4, 5], after=[900, 77], **moved_then_copied) == expected
+    wrong = decode(small.runner, request, [4, 5], after=[900, 3])  # what nobody has put there
+    assert wrong.logprobs[0].logprob != expected.logprobs[0].logprob
+
+
+def test_moves_of_all_sizes_copies_and_beams_compile_nothing(small):
+    compiled = []
+    listener = lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None  # noqa: E731
+    runner, request = small.runner, make("a", [5], temperature=0.0, use_beam_search=True, beam_width=4)
+    runner.reset()
+    beams = [make_sequence(request, index, slot=index, page_ids=[index + 1]) for index in range(4)]
+    before = runner.compilations_after_ready
+    jax.monitoring.register_event_duration_secs_listener(listener)
+    try:
+        for count in (1, 3, 4, 15, 21, 64):
+            pages, places = tuple(range(100, 100 + count)), tuple(range(1, 1 + count))
+            moves = (Transfer(True, pages, places), Transfer(False, pages, places))
+            rows = [Work(beam, 0, 1, True, True, 0, beam_score=-1.0) for beam in beams]
+            runner.dispatch(plan_of(*rows, transfers=moves, copies=(PageCopy(50, 51),))).read()
+    finally:
+        jax.monitoring.unregister_event_duration_listener(listener)
+    assert compiled == []
+    assert runner.compilations_after_ready == before
+
+
+def test_a_failed_step_forgets_what_was_on_its_way_to_the_host(small):
+    runner, request = small.runner, make("a", [5, 6], temperature=0.0)
+    runner.reset()
+    sequence = make_sequence(request, slot=0, page_ids=[1])
+    work = Work(sequence, 0, 2, True, True, 0)
+    runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+    for layer in runner._pool.layers:
+        layer.kv.delete()
+    with pytest.raises(RuntimeError):
+        runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+    runner.reset()
+    assert not runner._host._leaving
+    runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+
+
+def test_a_place_that_does_not_exist_fails_the_step(small):
+    small.runner.reset()
+    work = Work(make_sequence(make("a", [5]), slot=0, page_ids=[1]), 0, 1, True, True, 0)
+    with pytest.raises(ValueError, match="places"):
+        small.runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (HOST_PAGES + 1,)),)))
+
+
+def test_beams_are_read_by_request_cut_to_twice_their_width_and_only_theirs(small):
+    small.runner.reset()
+    wide = make("wide", [5, 6], temperature=0.0, use_beam_search=True, beam_width=3)
+    plain = make("plain", [5, 6], temperature=0.0, logprobs=20)
+    rows = [make_sequence(wide, index, slot=index, page_ids=[index + 1]) for index in range(3)]
+    other = make_sequence(plain, slot=3, page_ids=[9])
+    for sequence, token in zip((*rows, other), (7, 8, 9, 8), strict=True):
+        sequence.tokens[:] = [token]
+    scores = [-1.25, -1.0, -3.0]
+    works = [Work(sequence, 0, 1, True, True, 0, beam_score=score) for sequence, score in zip(rows, scores, strict=True)]
+    result = small.runner.dispatch(plan_of(*works, Work(other, 0, 1, True, True, 0))).read()
+    assert list(result.beams) == ["wide"]
+    best = result.beams["wide"]
+    assert len(best) == 6
+    assert [candidate.score for candidate in best] == sorted((candidate.score for candidate in best), reverse=True)
+    of_second = [(candidate.token_id, candidate.score) for candidate in best if candidate.parent == 1]
+    assert of_second == [(token, float(np.float32(-1.0) + np.float32(p))) for token, p in result.logprobs[3].top[: len(of_second)]]
+    assert of_second and [entry is None for entry in result.logprobs] == [True, True, True, False]
+    alone = small.runner.dispatch(plan_of(dataclasses.replace(works[1], beam_score=None))).read()
+    assert alone.beams == {}
+
+
+def test_the_runner_knows_what_moving_and_computing_cost(small, monkeypatch):
+    cost = small.runner.preemption
+    assert cost.seconds_per_page > 0 and cost.seconds_per_token > 0
+    assert small.runner.num_programs == len(BUCKETS) + 2 * 3
+    seen = PreemptionCost()
+    monkeypatch.setattr(small.runner, "preemption", seen)
+    run(small.engine(), [make("short", [5] * 5, max_tokens=3)])
+    assert seen.seconds_per_token is None  # too little in a step to tell what a token costs in a full one
+    run(small.engine(), [make("long", [5] * 40, max_tokens=3)])
+    assert seen.seconds_per_token > 0

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from pallas_kernels.page_copy import copy_pages
+from pallas_kernels.page_copy import copy_first_pages, copy_pages
 
 SHAPES = {"float32": (9, 4, 6, 8), "int8": (9, 4, 6, 8), "uint8": (9, 4, 6, 8), "scales": (9, 3, 4)}
 
@@ -66,3 +66,22 @@ def test_bad_argument_is_named(argument, value, message):
     arguments = {"kv_pages": make_pages("float32"), "src": ids(1, 2), "dst": ids(3, 4), "implementation": "xla"} | {argument: value}
     with pytest.raises(ValueError, match=message):
         copy_pages(**arguments)
+
+
+@pytest.mark.parametrize("count", [0, 1, 3])
+def test_the_first_pairs_are_copied_in_all_arrays(count):
+    pages = {name: make_pages(name) for name in ("float32", "scales")}
+    src, dst = ids(1, 1, 8), ids(2, 4, 0)
+    got = jax.jit(copy_first_pages)(pages, src, dst, jnp.int32(count))
+    for name, array in pages.items():
+        assert np.array_equal(got[name], copy_pages(array, src[:count], dst[:count], implementation="reference"))
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "int8", "uint8", "uint16"])
+def test_the_first_pairs_are_copied_in_place_when_donated(dtype):
+    pages, pairs = [jax.ShapeDtypeStruct((4000, 16, 6, 64), dtype)] * 2, jax.ShapeDtypeStruct((64,), jnp.int32)
+    count = jax.ShapeDtypeStruct((), jnp.int32)
+    memory = jax.jit(copy_first_pages, donate_argnums=0).lower(pages, pairs, pairs, count).compile().memory_analysis()
+    page_bytes = pages[0].size // 4000 * pages[0].dtype.itemsize
+    assert memory.alias_size_in_bytes >= 2 * 4000 * page_bytes
+    assert memory.temp_size_in_bytes < 8 * page_bytes + 4096

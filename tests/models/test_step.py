@@ -184,3 +184,85 @@ def test_models_of_one_configuration_are_one_static_argument(loaded, tmp_path):
     assert same == loaded[0]
     assert hash(same) == hash(loaded[0])
     assert other != loaded[0]
+
+
+# --------------------------------------------------------------------------------------------------- shared pages, copy-on-write
+
+
+def with_copies(inputs: StepInputs, *copies: tuple[int, int]) -> StepInputs:
+    inputs.num_copies[:] = len(copies)
+    inputs.copy_sources[: len(copies)], inputs.copy_destinations[: len(copies)] = zip(*copies, strict=True)
+    return inputs
+
+
+def random_pool(config, num_pages, dtype, seed=0):
+    rng, pool = np.random.default_rng(seed), init_pool(config, num_pages, 8, dtype)
+    return jax.tree.map(lambda array: jnp.asarray(rng.integers(0, 100, array.shape).astype(array.dtype)), pool)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8", "uint16"])
+@pytest.mark.parametrize("copies", [[(1, 2)], [(3, 8), (3, 1), (5, 2), (7, 4)]])
+def test_copies_change_their_destinations_and_nothing_else(loaded, dtype, copies):
+    """In a step that writes nothing; keys, values and scales of every layer."""
+    model, params = loaded
+    pool = random_pool(model.config, 9, dtype)
+    before = [np.asarray(array).copy() for array in jax.tree.leaves(pool)]
+    inputs = with_copies(StepInputs.zeros(8, SLOTS, 2, max_num_seqs=SLOTS), *copies)
+    _, pool, _ = jit_step(model, params, pool, inputs, init_sampling_state(SLOTS, 99))
+    expected = np.arange(9)
+    for source, destination in copies:
+        expected[destination] = source
+    for was, now in zip(before, jax.tree.leaves(pool), strict=True):
+        np.testing.assert_array_equal(np.asarray(now), was[expected])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_copies_are_in_place(loaded, dtype):
+    model, params = loaded
+    pool = init_pool(model.config, 4000, 8, dtype)
+    program = jit_step.lower(model, params, pool, make_inputs(PROMPTS), init_sampling_state(SLOTS, 99)).compile()
+    memory, shape = program.memory_analysis(), ",".join(map(str, pool.layers[0].kv.shape))
+    assert memory.alias_size_in_bytes >= pool.num_bytes
+    assert memory.temp_size_in_bytes < pool.num_bytes / 4
+    assert not re.findall(rf"\[{shape}\]\S* copy\(", program.as_text())
+
+
+def test_a_fork_that_copies_the_page_it_writes_is_a_sequence_of_its_own(loaded):
+    """Two go on with different tokens in one partly filled page; the bits are those of two that never shared any."""
+    model, params = loaded
+    prompt, others = list(range(3, 14)), [[50], [60]]
+
+    def go_on(page_ids, *, fork):
+        pool = random_pool(model.config, 9, None)
+        for pages in page_ids[:1] if fork else page_ids:
+            _, pool, _ = jit_step(model, params, pool, StepInputs.pack([prompt], page_ids=[pages], page_size=8))
+        inputs = StepInputs.pack([prompt + other for other in others], page_ids=page_ids, page_size=8, num_computed=[11, 11], logprobs=True)
+        out, pool, _ = jit_step(model, params, pool, with_copies(inputs, (2, 5)) if fork else inputs)
+        return out, pool
+
+    forked, pool = go_on([[1, 2], [1, 5]], fork=True)
+    alone, own = go_on([[1, 2], [4, 5]], fork=False)
+    for ours, theirs in zip(jax.tree.leaves(forked), jax.tree.leaves(alone), strict=True):
+        np.testing.assert_array_equal(np.asarray(ours), np.asarray(theirs))
+    for ours, theirs in zip(pool.layers, own.layers, strict=True):
+        np.testing.assert_array_equal(np.asarray(ours.kv[2]), np.asarray(theirs.kv[2]))
+        np.testing.assert_array_equal(np.asarray(ours.kv[5, :4]), np.asarray(theirs.kv[5, :4]))  # what is beyond was never written
+
+
+def test_beams_are_found_in_the_step(loaded):
+    model, params = loaded
+    inputs = make_inputs([[7], [8], [9]], flags=RowFlag.SAMPLES | RowFlag.BEAM | RowFlag.LOGPROBS)
+    inputs.beam_index[:3], inputs.beam_score[:3] = [0, 1, 0], [-1.0, -1.5, -2.0]
+    out, _, _ = run(loaded, inputs)
+    for row, members in ((0, (0, 1)), (2, (2,))):
+        offers = [
+            (-(np.float32(inputs.beam_score[member]) + logprob), parent, int(token))
+            for parent, member in enumerate(members)
+            for token, logprob in zip(np.asarray(out.top_ids[member]), np.asarray(out.top_logprobs[member]), strict=True)
+        ]
+        best = sorted(offers)[:20]
+        assert np.asarray(out.beam_scores[row]).tolist() == [-score for score, _, _ in best]
+        assert np.asarray(out.beam_parents[row]).tolist() == [parent for _, parent, _ in best]
+        assert np.asarray(out.beam_tokens[row]).tolist() == [token for _, _, token in best]
+    plain, _, _ = run(loaded, make_inputs([[7], [8], [9]], flags=RowFlag.SAMPLES | RowFlag.LOGPROBS))
+    assert not np.asarray(plain.beam_scores).any() and not np.asarray(plain.beam_tokens).any()
