@@ -250,7 +250,6 @@ def test_a_fork_that_copies_the_page_it_writes_is_a_sequence_of_its_own(loaded):
 
 
 def test_beams_are_found_in_the_step(loaded):
-    model, params = loaded
     inputs = make_inputs([[7], [8], [9]], flags=RowFlag.SAMPLES | RowFlag.BEAM | RowFlag.LOGPROBS)
     inputs.beam_index[:3], inputs.beam_score[:3] = [0, 1, 0], [-1.0, -1.5, -2.0]
     out, _, _ = run(loaded, inputs)
