@@ -203,7 +203,7 @@ def test_a_place_that_does_not_exist_fails_the_step(small):
         small.runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (HOST_PAGES + 1,)),)))
 
 
-def test_beams_are_read_by_request_cut_to_twice_their_width_and_only_theirs(small):
+def test_beams_are_read_by_request_and_only_theirs(small):
     small.runner.reset()
     wide = make("wide", [5, 6], temperature=0.0, use_beam_search=True, beam_width=3)
     plain = make("plain", [5, 6], temperature=0.0, logprobs=20)
@@ -216,8 +216,9 @@ def test_beams_are_read_by_request_cut_to_twice_their_width_and_only_theirs(smal
     result = small.runner.dispatch(plan_of(*works, Work(other, 0, 1, True, True, 0))).read()
     assert list(result.beams) == ["wide"]
     best = result.beams["wide"]
-    assert len(best) == 6
+    assert len(best) == 20
     assert [candidate.score for candidate in best] == sorted((candidate.score for candidate in best), reverse=True)
+    assert {candidate.parent for candidate in best} <= {0, 1, 2}
     of_second = [(candidate.token_id, candidate.score) for candidate in best if candidate.parent == 1]
     assert of_second == [(token, float(np.float32(-1.0) + np.float32(p))) for token, p in result.logprobs[3].top[: len(of_second)]]
     assert of_second and [entry is None for entry in result.logprobs] == [True, True, True, False]
