@@ -146,8 +146,8 @@ class StepResult:
         logprobs: Per row, None where not asked for.
         prompt_logprobs: Per row, what the row's positions say of the prompt token that follows each of them; empty
             where not asked for.
-        beams: By request id, for each request with rows that have a ``beam_score``: the 2 * beam_width best candidates of all its
-            beams, best first (fewer where the vocabulary is smaller).
+        beams: By request id, for each request with rows that have a ``beam_score``: the best candidates of all its beams, best first,
+            at least 2 * beam_width (fewer where the vocabulary is smaller).
     """
 
     tokens: Seq[int]

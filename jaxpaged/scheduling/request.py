@@ -9,8 +9,12 @@ import dataclasses
 import enum
 import functools
 from collections.abc import Sequence as Seq
+from typing import TYPE_CHECKING
 
 from jaxpaged.scheduling.fields import check_sampling_fields
+
+if TYPE_CHECKING:
+    from jaxpaged.scheduling.beams import BeamSearch
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -123,50 +127,96 @@ class FinishReason(enum.StrEnum):
 
 
 @dataclasses.dataclass(eq=False)
-class Sequence:
-    """One running generation of a request (``n`` > 1 means one request, n sequences). Owned by the scheduler.
+class Group:
+    """A request's sequences. They are admitted, preempted and blamed together, and share the pages of their prompt.
 
     Attributes:
         request: What was asked.
-        index: Which of the request's ``n`` samples this is.
+        sequences: Those that are not finished, by index.
+        beams: The beam search, if it is one.
+        num_cached_tokens: Prompt tokens that were found in the prefix cache when it was first admitted; None before.
+        num_prompt_logprobs: Prompt tokens whose log-probabilities were delivered (recomputing does not deliver them twice).
+        num_faults: Failed steps that this request alone can have caused, since no sequence of it is a suspect.
+    """
+
+    request: Request
+    sequences: list[Sequence] = dataclasses.field(default_factory=list)
+    beams: BeamSearch | None = None
+    num_cached_tokens: int | None = None
+    num_prompt_logprobs: int = 0
+    num_faults: int = 0
+
+    @property
+    def suspect(self) -> bool:
+        """Whether one of its sequences was in a step that failed and has got no token since."""
+        return any(sequence.suspect for sequence in self.sequences)
+
+    @property
+    def active(self) -> list[Sequence]:
+        """The sequences that have something to compute: all but beams that a beam search has no candidate for yet."""
+        return [sequence for sequence in self.sequences if not sequence.idle]
+
+
+@dataclasses.dataclass(eq=False)
+class Sequence:
+    """One running generation of a request. Owned by the scheduler; its pages and keys by ``KVMemory``.
+
+    Attributes:
+        group: The request's sequences, this one among them.
+        index: Which of the request's samples or beams this is.
         order: Place in the line: running number of sequences in order of arrival.
         tokens: Prompt, then every token sampled so far whose value the host knows.
         num_computed: Tokens whose K/V is in the pool once every dispatched step is done. May exceed ``len(tokens) - 1``
             while a sampled token is still on the device only.
         num_pending: Sampled tokens that dispatched steps will deliver and the host has not read yet.
-        page_ids: Pages in logical order; append-only while running, page ``i`` holds positions ``[i*B, (i+1)*B)``.
+        page_ids: Pages in logical order, page ``i`` holds positions ``[i*B, (i+1)*B)``; the null page where no later token can read.
+        host_ids: Places in host memory of the same pages, while the sequence is swapped out.
+        page_keys: Keys in the prefix cache of its full pages, as far as they were needed.
+        num_registered: Pages that were put into the prefix cache, or looked up there.
+        num_listed: Pages that the block table in the runner has.
         slot: Row of the per-slot device state, held from admission until finish or preemption.
+        first_step: Number of the first step since it was last admitted.
         last_step: Number of the last dispatched step that contains this sequence (the fence for its pages).
         num_preemptions: How often its pages were taken back.
-        num_prompt_logprobs: Prompt tokens whose log-probabilities were delivered (recomputing does not deliver them twice).
-        num_faults: Failed steps that this sequence alone can have caused, since it last got a token.
         suspect: It was in a step that failed and has got no token since.
+        idle: A beam of a search that has no candidate for it yet.
+        score: Of a beam, the sum of its tokens' log-probabilities.
     """
 
-    request: Request
+    group: Group
     index: int = 0
     order: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
     num_pending: int = 0
     page_ids: list[int] = dataclasses.field(default_factory=list)
+    host_ids: list[int] = dataclasses.field(default_factory=list)
+    page_keys: list[bytes] = dataclasses.field(default_factory=list)
+    num_registered: int = 0
+    num_listed: int = 0
     slot: int | None = None
     status: Status = Status.WAITING
     finish_reason: FinishReason | None = None
+    first_step: int = 0
     last_step: int = 0
     num_preemptions: int = 0
-    num_prompt_logprobs: int = 0
-    num_faults: int = 0
     suspect: bool = False
+    idle: bool = False
+    score: float = 0.0
 
     def __post_init__(self) -> None:
         if not self.tokens:
             self.tokens = list(self.request.prompt)
 
     @property
+    def request(self) -> Request:
+        """What was asked."""
+        return self.group.request
+
+    @property
     def num_prompt(self) -> int:
         """Tokens of the prompt."""
-        return len(self.request.prompt)
+        return len(self.group.request.prompt)
 
     @property
     def num_output(self) -> int:

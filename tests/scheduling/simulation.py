@@ -4,13 +4,16 @@
 
 * the invariants (``Scheduler.check``), by identity of pages and slots;
 * the **golden** tokens: an integer hash stands for the model, so any wrong cell, position, slot, order or seed changes them;
-* the **canary**: each cell that a running sequence has computed holds what its own tokens make of it; free pages are poisoned;
+* the **canary**: each cell that a running sequence has computed and can still see holds what its own tokens make of it, and so does each
+  cell that one has in host memory; free pages and places are poisoned;
+* the **isolation**: what stands before the first token is another number for each tenant, so a page of somebody else's shows; and no
+  step writes to a page that has another reader, or a key in the prefix cache;
 * **liveness**: with nothing in flight and work left there is a plan; and the fairness bound of ``scheduler.py``, step by step;
 * the **ledger**: each sequence gets exactly one last event, and the end that is due to it; late results change nothing;
 * at the end, the **drain**: no page, slot or sequence is left.
 
-``simulate(seed)`` makes a world from a seed, with few pages, and with aborts, NaN rows, failing steps and requests on which every step
-fails. To run more than the test does::
+``simulate(seed)`` makes a world from a seed, with few pages, with samples and beams that fork, with and without prefix cache, host memory
+and a sliding window, and with aborts, NaN rows, failing steps and requests on which every step fails. To run more than the test does::
 
     python tests/scheduling/simulation.py --runs 100000 --start 1000000
 """
@@ -28,10 +31,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
-from fakes import POISON, DeviceFault, FakeHandle, FakeRunner, Violation, cell_value, golden_tokens
+from fakes import POISON, DeviceFault, FakeHandle, FakeRunner, Violation, cells_of, first_cell, golden_beams, golden_tokens
 
 from jaxpaged.errors import QueueFull, RequestError
+from jaxpaged.scheduling.beams import Hypothesis
 from jaxpaged.scheduling.buckets import token_buckets
+from jaxpaged.scheduling.pages import NULL_PAGE
 from jaxpaged.scheduling.plan import StepPlan, TokenEvent
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams, Sequence, Status
 from jaxpaged.scheduling.scheduler import Scheduler
@@ -49,9 +54,9 @@ class Sample:
     golden: list[int]
     cells: list[int]
     deadline: int
+    beam: Hypothesis | None = None
     received: list[int] = dataclasses.field(default_factory=list)
     end: TokenEvent | None = None
-    prompt_logprobs: int = 0
     aborted: bool = False
     failed_alone: int = 0
     invalid: bool = False
@@ -78,10 +83,22 @@ def make_scheduler(
     )
 
 
-def make_request(name: str, prompt_length: int, max_tokens: int, *, seed: int = 0, eos: tuple[int, ...] = (), **params) -> Request:
-    """Makes a request whose prompt follows from its seed."""
-    prompt = tuple((31 * seed + 7 * i + i * i) % VOCAB for i in range(prompt_length))
-    return Request(id=name, prompt=prompt, params=SamplingParams(max_tokens=max_tokens, **params), eos_token_ids=eos, seed=seed)
+def make_request(
+    name: str,
+    prompt_length: int,
+    max_tokens: int,
+    *,
+    seed: int = 0,
+    topic: int | None = None,
+    eos: tuple[int, ...] = (),
+    tenant: str = "",
+    **params,
+) -> Request:
+    """Makes a request whose prompt follows from its topic, or its seed; prompts of one topic begin alike."""
+    base = seed if topic is None else topic
+    prompt = tuple((31 * base + 7 * i + i * i) % VOCAB for i in range(prompt_length))
+    params = SamplingParams(max_tokens=max_tokens, **params)
+    return Request(id=name, prompt=prompt, params=params, eos_token_ids=eos, seed=seed, tenant=tenant)
 
 
 class World:
@@ -97,45 +114,74 @@ class World:
     ) -> None:
         self.scheduler = scheduler
         self.depth = depth
-        self.device = FakeRunner(scheduler.pages.num_pages, scheduler.page_size, vocab_size=VOCAB, fails=fails, invalid=invalid)
+        self.by_prompt_length = scheduler.memory._by_prompt_length
+        self.device = FakeRunner(
+            scheduler.pages.num_pages,
+            scheduler.page_size,
+            vocab_size=VOCAB,
+            window=scheduler.memory.sliding_window,
+            by_prompt_length=self.by_prompt_length,
+            fails=fails,
+            invalid=invalid,
+        )
         self.handles: list[tuple[StepPlan, FakeHandle]] = []
         self.samples: dict[tuple[str, int], Sample] = {}
+        self.prompt_logprobs: Counter[str] = Counter()
         self.num_faults = 0
         self.num_steps = 0
-        self.recomputed = 0
+        self.num_restored = 0
 
     # ------------------------------------------------------------------------------------------------------------ actions
 
     def add(self, request: Request) -> bool:
         """Adds a request; returns whether it was taken. Refusals must be exactly those that are due."""
         scheduler = self.scheduler
-        bound = min(scheduler.max_model_len, (scheduler.pages.num_pages - 1) * scheduler.page_size)
         ahead = sum(self._cost(self.samples[s.request.id, s.index].request) for s in scheduler.live_sequences())
         is_full = scheduler.num_running + scheduler.num_waiting >= scheduler.max_num_seqs + scheduler.max_waiting
-        never_fits = len(request.prompt) + request.max_tokens > bound
+        never_fits = self._never_fits(request)
+        too_many = request.params.num_sequences > scheduler.max_num_seqs
         try:
             scheduler.add(request)
         except RequestError as error:
-            require(never_fits and error.code == "context_length_exceeded", "a request that fits was refused")
+            require(too_many or (never_fits and error.code == "context_length_exceeded"), "a request that fits was refused")
             return False
         except QueueFull as error:
             require(is_full and 1 <= error.retry_after_s <= 60, "a queue that is not full refused a request")
             return False
-        require(not never_fits, "a request that can never fit was taken")
+        require(not never_fits and not too_many, "a request that can never fit was taken")
         require(not is_full, "a full queue took a request")
-        for index in range(request.params.n):
+        window, first = self.device.window, first_cell(request, self.by_prompt_length)
+        beams = golden_beams(request, VOCAB, first=first, window=window) if request.params.use_beam_search else ()
+        for index in range(request.params.num_sequences):
             ahead += self._cost(request)
-            golden = golden_tokens(request, index, VOCAB)
-            cells: list[int] = []
-            for position, token in enumerate([*request.prompt, *golden]):
-                cells.append(cell_value(cells[-1] if cells else 0, token, position))
-            self.samples[request.id, index] = Sample(request, index, golden, cells, scheduler.step + (1 + self.depth) * ahead)
+            beam = beams[index] if index < len(beams) else None
+            if request.params.use_beam_search:
+                golden = list(beam.tokens) if beam else []
+            else:
+                golden = golden_tokens(request, index, VOCAB, first=first, window=window)
+            cells = cells_of(first, [*request.prompt, *golden])
+            deadline = scheduler.step + (1 + self.depth) * ahead
+            self.samples[request.id, index] = Sample(request, index, golden, cells, deadline, beam)
         self.verify()
         return True
 
+    def _never_fits(self, request: Request) -> bool:
+        """Whether a request can never fit: a bound of its own, without a window; with one, at least what fits without fits with it."""
+        scheduler, size = self.scheduler, self.scheduler.page_size
+        num_prompt, count = len(request.prompt), request.params.num_sequences
+        total = num_prompt + request.max_tokens
+        shared = (num_prompt - 1) // size
+        pages = shared + count * (-(-total // size) - shared)
+        never = total > scheduler.max_model_len or pages > scheduler.pages.num_pages - 1
+        if self.device.window is None or not never:
+            return never
+        return total > scheduler.max_model_len or scheduler.memory.worst_case(request) > scheduler.pages.num_pages - 1
+
     def abort(self, request_id: str, index: int | None = None) -> None:
         """Aborts what is left of a request, or one of its samples."""
-        wanted = [s for s in self.samples.values() if s.request.id == request_id and index in (None, s.index)]
+        wanted = [s for s in self.samples.values() if s.request.id == request_id]
+        if not any(s.request.params.use_beam_search and s.end is None and s.index == index for s in wanted):
+            wanted = [s for s in wanted if index in (None, s.index)]
         for sample in wanted:
             sample.aborted |= sample.end is None
         self.receive(self.scheduler.abort(request_id, index))
@@ -152,8 +198,10 @@ class World:
         else:
             require(not self.handles or plan.step > self.handles[-1][0].step, "steps are numbered out of order")
             require(plan.token_bucket in self.scheduler.token_buckets, "a step has a size that is not compiled")
+            self._verify_writes(plan)
             self.handles.append((plan, self.device.dispatch(plan)))
             self.num_steps += 1
+            self.num_restored += sum(len(transfer.page_ids) for transfer in plan.transfers if not transfer.to_host)
         self.verify()
         return plan
 
@@ -163,13 +211,15 @@ class World:
         alive = [work.sequence for work in plan.work if work.sequence.status is not Status.FINISHED]
         for work in plan.work:
             if self.device.invalid(work.sequence, work.num_output) and work.samples:
-                self.sample(work.sequence).invalid = True
+                for sequence in work.sequence.group.sequences if work.beam_score is not None else (work.sequence,):
+                    self.sample(sequence).invalid = True
         try:
             result = handle.read()
         except DeviceFault:
             self.num_faults += 1
-            if len(alive) == 1:
-                self.sample(alive[0]).failed_alone += 1
+            if len({sequence.group for sequence in alive}) == 1:
+                for sequence in alive[0].group.sequences:
+                    self.sample(sequence).failed_alone += 1
             events = self.scheduler.recover(plan)
             self.device.reset()
             self.handles.clear()
@@ -194,6 +244,8 @@ class World:
             self.step()
         require(not self.scheduler.has_work, "the work does not end")
         require(self.scheduler.num_pages_in_use == 0 and self.scheduler.slots.num_used == 0, "pages or slots are left")
+        host = self.scheduler.memory.host
+        require(host is None or host.pages.num_used == 0, "places in host memory are left")
         for sample in self.samples.values():
             require(sample.end is not None, "a sequence got no last event")
             self._verify_end(sample)
@@ -208,10 +260,12 @@ class World:
             require(not event.token_ids or not sample.aborted, "an aborted sequence got a token")
             sample.received += event.token_ids
             for entry in event.prompt_logprobs:
-                sample.prompt_logprobs += 1
-                expected = (sample.request.prompt[sample.prompt_logprobs], -float(sample.prompt_logprobs))
-                require((entry.token_id, entry.logprob) == expected, "the prompt's log-probabilities are out of order")
-            if event.token_ids:
+                self.prompt_logprobs[event.request_id] += 1
+                at = self.prompt_logprobs[event.request_id]
+                require((entry.token_id, entry.logprob) == (sample.request.prompt[at], -float(at)), "a prompt's log-probabilities are out of order")
+            if sample.request.params.use_beam_search:
+                require(event.finish_reason is not None, "a beam was told before the search was over")
+            if event.token_ids and not sample.request.params.use_beam_search:
                 expected = (
                     () if sample.request.params.logprobs is None else (-float(len(sample.request.prompt) + len(sample.received) - 1),)
                 )
@@ -227,19 +281,46 @@ class World:
         scheduler = self.scheduler
         scheduler.check()
         cells, size = self.device.cells, scheduler.page_size
-        for sequence in scheduler.running:
-            expected = self.sample(sequence).cells
-            for i, page_id in enumerate(sequence.page_ids):
+        leaving = [transfer for transfer in scheduler.memory._transfers if transfer.to_host]  # with the next plan
+        on_the_way = {place for transfer in leaving for place in transfer.host_ids}
+        for sequence in scheduler.live_sequences():
+            where, table = (self.device.host, sequence.host_ids) if sequence.host_ids else (cells, sequence.page_ids)
+            expected = self._expected_cells(sequence)
+            for i, place in enumerate(table):
                 count = min(size, min(sequence.num_computed, len(expected)) - i * size)  # a step ahead may run past the end
                 if count <= 0:
                     break
-                require(cells[page_id][:count] == expected[i * size : i * size + count], "a cell does not hold what its sequence wrote")
+                if place != NULL_PAGE and not (sequence.host_ids and place in on_the_way):
+                    require(where[place][:count] == expected[i * size : i * size + count], "a cell does not hold what its sequence wrote")
         if not self.num_faults:
             late = (sequence for sequence in scheduler.live_sequences() if scheduler.step > self.sample(sequence).deadline)
             require(next(late, None) is None, "a sequence runs beyond its fairness bound")
-        for page_id in range(1, scheduler.pages.num_pages):
-            if scheduler.pages.reference_count(page_id) == 0:
+        for page_id in set(range(1, scheduler.pages.num_pages)).difference(*(transfer.page_ids for transfer in leaving)):
+            if scheduler.pages.reference_count(page_id) == 0 and not scheduler.pages.is_kept(page_id):
                 cells[page_id] = [POISON] * size
+        host = scheduler.memory.host
+        for place in list(self.device.host):
+            if host.pages.reference_count(place) == 0 and not host.pages.is_kept(place):
+                del self.device.host[place]
+
+    def _expected_cells(self, sequence: Sequence) -> list[int]:
+        if sequence.group.beams is None:
+            return self.sample(sequence).cells
+        return cells_of(first_cell(sequence.request, self.by_prompt_length), sequence.tokens)
+
+    def _verify_writes(self, plan: StepPlan) -> None:
+        """Verifies that a step writes only pages that nobody else reads and that nobody can find."""
+        pages, size = self.scheduler.pages, self.scheduler.page_size
+        written = [page for work in plan.work for page in work.sequence.page_ids[work.start // size : -(-work.end // size)]]
+        require(len(written) == len(set(written)), "two rows write to one page")
+        for work in plan.work:
+            for at in range(work.start // size, -(-work.end // size)):
+                page_id = work.sequence.page_ids[at]
+                require(not pages.is_kept(page_id), "a page that others can find is written")
+                readers = [other for other in self.scheduler.running if page_id in other.page_ids and other is not work.sequence]
+                # Forks of this very step that found no room for their copy yet read the prompt's cells only.
+                safe = all(other.num_computed <= min(other.num_prompt, work.start) for other in readers)
+                require(safe, "a page that others read is written")
 
     def _snapshot(self) -> tuple[int, list[tuple[Sequence, int]]]:
         pages = self.scheduler.pages
@@ -249,7 +330,12 @@ class World:
         """Verifies that no decode was passed over that needs no page, and nobody preempted whose pages were not needed."""
         scheduler = self.scheduler
         planned = {work.sequence for work in plan.work} if plan else set()
-        trial = any(sequence.num_faults for sequence, _ in running) or any(sequence.num_faults for sequence in planned)
+        forking = any(sequence.group.beams is not None or sequence.request.params.n > 1 for sequence, _ in running)
+        if forking or scheduler.memory.enable_prefix_caching:
+            return  # who shares what decides then; the invariants and the fairness bound are verified all the same
+        if scheduler.memory.sliding_window is not None:
+            return
+        trial = any(sequence.group.num_faults for sequence, _ in running) or any(sequence.group.num_faults for sequence in planned)
         wanted = 0
         for sequence, had in running:
             if sequence in planned:
@@ -288,8 +374,13 @@ class World:
                 due = sample.invalid if end.error_code == "numerical_error" else sample.failed_alone > 0
             case _:
                 due = False
+        if sample.beam and end.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+            due = end.finish_reason is sample.beam.finish_reason and end.cumulative_logprob == sample.beam.cumulative_logprob
+            due &= sample.received == sample.golden
+        elif sample.request.params.use_beam_search and not sample.beam and end.finish_reason is FinishReason.LENGTH:
+            due = not sample.received
         if sample.received and sample.request.params.prompt_logprobs is not None:
-            due &= sample.prompt_logprobs == len(sample.request.prompt) - 1
+            due &= self.prompt_logprobs[sample.request.id] == len(sample.request.prompt) - 1
         require(due, f"a sequence ended by {end.finish_reason}, which was not due")
 
 
@@ -311,6 +402,10 @@ class Outcome:
     preemptions: int
     faults: int
     aborted: int
+    swaps: int
+    copies: int
+    hits: int
+    restored: int
 
 
 def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda scheduler: None, num_requests: int = 16) -> Outcome:
@@ -327,15 +422,24 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     rng = random.Random(seed)
     max_num_seqs = rng.choice((1, 2, 3, 5, 8))
     budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
+    num_pages, page_size = rng.choice((3, 5, 7, 10, 10, 15, 15, 30)), rng.choice((1, 2, 3, 4, 8))
+    sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
+    longest = 10_000 if sliding_window is None else 2 * num_pages * page_size  # a window lets in texts longer than the pool
     scheduler = make_scheduler(
-        num_pages=rng.choice((3, 5, 7, 10, 10, 15, 15, 30)),
-        page_size=rng.choice((1, 2, 3, 4, 8)),
+        num_pages=num_pages,
+        page_size=page_size,
         max_num_seqs=max_num_seqs,
         max_num_batched_tokens=budget,
-        max_model_len=rng.choice((10_000, 10_000, 20)),
+        max_model_len=rng.choice((longest, longest, 20)),
         buckets=rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
         long_prefill_token_threshold=rng.choice((0, 0, 1, 2, 5)),
         max_waiting=rng.choice((1024, 1024, 3)),
+        enable_prefix_caching=rng.random() < 0.6,
+        num_host_pages=(num_host_pages := rng.choice((0, 0, 2, 6, 20))),
+        preemption_mode=rng.choice(("auto", "recompute", "swap")) if num_host_pages else "recompute",
+        prefers_swap=lambda num_tokens, num_pages: num_tokens % 2 == 0,
+        sliding_window=sliding_window,
+        cache_by_prompt_length=rng.random() < 0.1,
         clock=lambda: 0.0,
     )
     scheduler.headroom = rng.choice((0, 0, 1))
@@ -357,9 +461,13 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     world = World(scheduler, depth=rng.choice((0, 1, 1, 2, 3)), fails=fails, invalid=invalid)
     growth = rng.choice((0.0, 0.5, 1.0))
     left = [_random_request(rng, i, scheduler, growth) for i in reversed(range(num_requests))]
+    reset_rate = rng.choice((0.0, 0.0, 0.05))
     for _ in range(MAX_CALLS):
         if left and rng.random() < arrival_rate:
             world.add(left.pop())
+        if rng.random() < reset_rate:
+            scheduler.reset_prefix_cache()
+            world.verify()
         if world.samples and rng.random() < abort_rate:
             request_id, index = rng.choice(list(world.samples))
             world.abort(request_id, rng.choice((None, index)))
@@ -383,6 +491,10 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
         preemptions=scheduler.num_preemptions,
         faults=world.num_faults,
         aborted=ends[FinishReason.ABORT],
+        swaps=scheduler.num_swaps,
+        copies=scheduler.memory.num_copies,
+        hits=scheduler.memory.prefix_hits,
+        restored=world.num_restored,
     )
 
 
@@ -395,18 +507,33 @@ def _random_request(rng: random.Random, number: int, scheduler: Scheduler, growt
         max_tokens = total - rng.randint(1, min(total - 1, 3))
     if rng.random() < 0.05:
         total = bound + rng.randint(1, 3)  # can never fit
+    forks: dict[str, object] = {"n": rng.choice((1, 1, 1, 2, 3))}
+    if rng.random() < 0.2:
+        width = rng.choice((1, 2, 3, 4))
+        forks = {
+            "use_beam_search": True,
+            "beam_width": width,
+            "n": rng.randint(1, width),
+            "length_penalty": rng.choice((1.0, 0.0, -1.0)),
+            "early_stopping": rng.choice((True, False, "never")),
+            "temperature": 0.0,
+        }
+        max_tokens = min(max_tokens, 8)
+    beams = "use_beam_search" in forks
     return make_request(
         f"r{number}",
         total - max_tokens,
         max_tokens,
         seed=rng.randrange(1000),
+        topic=rng.choice((None, 1, 1, 2)),
+        tenant=rng.choice(("", "", "other")),
         eos=rng.choice(((), (), (0,), (1, 2, 3))),
-        n=rng.choice((1, 1, 1, 2, 3)),
         min_tokens=rng.randint(0, max_tokens) if rng.random() < 0.3 else 0,
         stop_token_ids=rng.choice((None, None, None, [4, 5])),
         ignore_eos=rng.random() < 0.2,
-        logprobs=rng.choice((None, None, 1)),
-        prompt_logprobs=rng.choice((None, None, 1)),
+        logprobs=None if beams else rng.choice((None, None, 1)),
+        prompt_logprobs=None if beams else rng.choice((None, None, 1)),
+        **forks,
     )
 
 
