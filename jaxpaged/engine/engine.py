@@ -169,6 +169,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters; callable from any thread."""
         scheduler, seen = self.scheduler, self.telemetry
+        memory = getattr(scheduler, "memory", None)
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -182,10 +183,10 @@ class Engine:
             prompt_tokens=seen.prompt_tokens,
             generation_tokens=seen.generation_tokens,
             preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=getattr(scheduler, "prefix_queries", 0),
-            prefix_cache_hits=getattr(scheduler, "prefix_hits", 0),
+            prefix_cache_queries=getattr(memory, "prefix_queries", 0),
+            prefix_cache_hits=getattr(memory, "prefix_hits", 0),
             swaps=getattr(scheduler, "num_swaps", 0),
-            page_copies=getattr(scheduler, "num_copies", 0),
+            page_copies=getattr(memory, "num_copies", 0),
             steps=seen.steps,
             step_tokens=seen.step_tokens,
             padding_tokens=seen.padding_tokens,

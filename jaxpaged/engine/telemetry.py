@@ -132,7 +132,7 @@ class EngineStats:
         prompt_tokens, generation_tokens: Prompt tokens of admitted requests, once for all their sequences, and tokens sent out.
         preemptions: Sequences whose pages were taken back.
         prefix_cache_queries, prefix_cache_hits: Prompt tokens that were looked up in the prefix cache, and that were found.
-        swaps: Sequences whose pages went to host memory when they were taken back.
+        swaps: Requests whose pages went to host memory when they were taken back.
         page_copies: Pages that were copied because another sequence reads them too.
         steps: Steps whose results were read.
         step_tokens, padding_tokens: Tokens computed in them, and the padding up to their buckets.

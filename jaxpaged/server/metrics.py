@@ -31,7 +31,7 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("num_preemptions", "preemptions", "Sequences whose pages were taken back, to be swapped in or recomputed later."),
     ("prefix_cache_queries", "prefix_cache_queries", "Prompt tokens that were looked up in the prefix cache."),
     ("prefix_cache_hits", "prefix_cache_hits", "Prompt tokens that were found there."),
-    ("num_swaps", "swaps", "Sequences whose pages went to host memory when they were taken back."),
+    ("num_swaps", "swaps", "Requests whose pages went to host memory when they were taken back."),
     ("page_copies", "page_copies", "Pages that were copied because another sequence reads them too."),
     ("steps", "steps", "Steps whose results were read."),
     ("padding_tokens", "padding_tokens", "Padding up to the steps' token buckets."),
