@@ -9,7 +9,7 @@ import pytest
 
 from jaxpaged.engine.batch import BatchBuilder
 from jaxpaged.scheduling.plan import StepPlan, Work
-from jaxpaged.scheduling.request import Request, SamplingParams, Sequence
+from jaxpaged.scheduling.request import Group, Request, SamplingParams, Sequence
 from jaxpaged.state import RowFlag, StepInputs
 
 VIEWS = ["tokens", "positions", "targets", "kv_lens", "prompt_lens", "slots", "flags", "top_k", "seed_low", "seed_high"]
@@ -18,7 +18,7 @@ VIEWS += ["beam_index", "copy_sources", "copy_destinations", "cu_q_lens", "distr
 
 def make_work(slot: int, prompt: list[int], computed: int, pages: list[int], params: SamplingParams, seed: int) -> Work:
     request = Request(id=f"r{slot}", prompt=tuple(prompt), params=params, seed=seed)
-    sequence = Sequence(request, num_computed=computed, page_ids=pages, slot=slot)
+    sequence = Sequence(Group(request), num_computed=computed, page_ids=pages, slot=slot)
     return Work(sequence, computed, len(prompt) - computed, samples=True, new_slot=True, num_output=0)
 
 

@@ -1,7 +1,7 @@
 """Pages in host memory: swapped-out requests and the second tier of the prefix cache, moved to and from the pool between steps.
 
-A page of all layers lies in one run of host memory. On its way out it is gathered on the device, which a step may follow at once, and
-stored here when it has arrived or, at the latest, when somebody wants it back. So the order in which moves are asked for is the order
+On its way out a page is gathered on the device, which a step may follow at once, and stored here when it has arrived or, at the latest,
+when somebody wants it back. So the order in which moves are asked for is the order
 in which they take effect, and nobody waits but for a page that is not here yet.
 """
 
@@ -13,7 +13,6 @@ from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Int, Shaped
 
@@ -28,8 +27,8 @@ _MAX_CHUNKS = 8
 """Chunks that may be on their way in one direction; each takes its bytes on the device until it has arrived."""
 _MEASURED_CHUNKS = 4
 
-Part = Shaped[Array, "C L ..."]
-"""Pages of all layers: C pages, L layers; keys and values, or scales."""
+Part = Shaped[Array, "C ..."]
+"""C pages of one layer: keys and values, or scales. Layers are not stacked: on a CPU that takes longer than the move itself."""
 
 
 class _Leaving(NamedTuple):
@@ -61,9 +60,7 @@ class HostPages:
         self.num_pages = num_pages
         self.chunk_sizes = _chunk_sizes(pool.num_bytes // pool.num_pages) if num_pages else ()
         self.programs: dict[tuple[bool, int], Any] = {}
-        shapes = [(len(pool.layers), *array.shape[1:]) for array in jax.tree.leaves(pool.layers[0])]
-        dtypes = [array.dtype for array in jax.tree.leaves(pool.layers[0])]
-        self._stored = [_reserve(num_pages, shape, dtype) for shape, dtype in zip(shapes, dtypes, strict=True)]
+        self._stored = [_reserve(num_pages, array.shape[1:], array.dtype) for array in jax.tree.leaves(pool)]
         self._leaving: deque[_Leaving] = deque()
 
     def compile(self, pool: PagePool) -> int:
@@ -100,6 +97,12 @@ class HostPages:
                 if returning % _MAX_CHUNKS == 0:
                     _wait(pool)
         return pool
+
+    def close(self) -> None:
+        """Frees everything."""
+        self._leaving.clear()
+        self._stored.clear()
+        self.programs.clear()
 
     def settle(self, *, wait: bool = False) -> None:
         """Stores the pages that have arrived; with ``wait``, all that are on their way."""
@@ -182,22 +185,15 @@ class HostPages:
 
 @jax.jit
 def take_pages(pool: PagePool, page_ids: Int[Array, " C"]) -> tuple[Part, ...]:
-    """Returns the keys and values of some pages in all layers and, where the pool has them, the scales."""
-    by_layer = [jax.tree.leaves(layer) for layer in pool.layers]
-
-    def take(array: Array) -> Array:
-        return array.at[page_ids].get(mode="promise_in_bounds")
-
-    return tuple(jnp.stack([take(array) for array in arrays], axis=1) for arrays in zip(*by_layer, strict=True))
+    """Returns some pages of every array of a pool."""
+    return tuple(array.at[page_ids].get(mode="promise_in_bounds") for array in jax.tree.leaves(pool))
 
 
 def _put_pages(pool: PagePool, page_ids: Int[Array, " C"], parts: tuple[Part, ...]) -> PagePool:
-    layers = []
-    for index, layer in enumerate(pool.layers):
-        arrays, structure = jax.tree.flatten(layer)
-        written = [array.at[page_ids].set(part[:, index], unique_indices=True) for array, part in zip(arrays, parts, strict=True)]
-        layers.append(jax.tree.unflatten(structure, written))
-    return PagePool(tuple(layers))
+    arrays, structure = jax.tree.flatten(pool)
+    written = [array.at[page_ids].set(part, unique_indices=True) for array, part in zip(arrays, parts, strict=True)]
+    returned: PagePool = jax.tree.unflatten(structure, written)
+    return returned
 
 
 put_pages = jax.jit(_put_pages, donate_argnums=0)
@@ -214,7 +210,7 @@ def _chunk_sizes(page_bytes: int) -> tuple[int, ...]:
     return tuple(size for size in reversed(_CHUNK_SIZES) if size == 1 or size * page_bytes <= _CHUNK_BYTES)
 
 
-def _reserve(num_pages: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "H L ..."]:
+def _reserve(num_pages: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Shaped[np.ndarray, "H ..."]:
     """Zeros that take no memory until they are written to."""
     count = num_pages * int(np.prod(shape)) * dtype.itemsize
     return np.zeros(count, np.uint8).view(dtype).reshape(num_pages, *shape)

@@ -272,6 +272,7 @@ class Runner:
         self._pool = self._sampling = None
         self._leaves = ()
         self._programs.clear()
+        self._host.close()
 
     def _make_state(self) -> None:
         self._pool = make_pool(self.model.config, self.num_pages, self.page_size, self._kv_dtype, implementation=self._attention)

@@ -113,6 +113,12 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         token_buckets=sizes.token_buckets,
         long_prefill_token_threshold=config.scheduler.long_prefill_token_threshold,
         max_waiting=config.scheduler.max_waiting,
+        enable_prefix_caching=config.cache.enable_prefix_caching,
+        num_host_pages=plan.num_host_pages,
+        preemption_mode=_preemption_mode(config, plan),
+        prefers_swap=runner.preemption.prefers_swap,
+        sliding_window=_sliding_window(model.config),
+        cache_by_prompt_length=_keys_depend_on_prompt_length(model.config),
     )
     engine = Engine(scheduler, runner, async_depth=config.scheduler.async_depth)
     eos, defaults = _generation_defaults(config, directory, tokenizer, progress)

@@ -189,7 +189,7 @@ def _moved(row: Row, target: Target) -> tuple[PagePool, tuple[jax.ShapeDtypeStru
     shapes = _shapes(row, target)
     pool = PagePool((KVPages(shapes.pages, *shapes.scales.values()),) * _MOVED_LAYERS)
     arrays = (shapes.pages, *shapes.scales.values())
-    parts = tuple(jax.ShapeDtypeStruct((_MOVED_PAGES, _MOVED_LAYERS, *array.shape[1:]), array.dtype) for array in arrays)
+    parts = tuple(jax.ShapeDtypeStruct((_MOVED_PAGES, *array.shape[1:]), array.dtype) for array in arrays) * _MOVED_LAYERS
     return pool, parts, 4 * num_bytes(parts)
 
 

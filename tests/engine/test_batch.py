@@ -5,12 +5,12 @@ import numpy as np
 
 from jaxpaged.engine.batch import BatchBuilder, row_flags, sample_seed
 from jaxpaged.scheduling.plan import FEEDBACK, PageCopy, StepPlan, Work
-from jaxpaged.scheduling.request import Request, SamplingParams, Sequence
+from jaxpaged.scheduling.request import Group, Request, SamplingParams, Sequence
 from jaxpaged.state import RowFlag
 
 
 def make_sequence(request, index=0, **more):
-    return Sequence(request, index, **more)
+    return Sequence(Group(request), index, **more)
 
 
 def sequence(slot, prompt, pages, *, index=0, seed=0, eos=(), **params):

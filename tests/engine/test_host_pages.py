@@ -139,8 +139,8 @@ def test_pages_on_their_way_are_bounded_and_can_be_forgotten():
 def test_putting_pages_back_is_in_place_and_taking_them_copies_no_more_than_them(dtype):
     pool = jax.eval_shape(lambda: PagePool(tuple(KVPages(jnp.zeros((4000, 16, 6, 64), dtype)) for _ in range(2))))
     ids, page_bytes = jax.ShapeDtypeStruct((4,), jnp.int32), pool.num_bytes // 4000
-    part = jax.ShapeDtypeStruct((4, 2, 16, 6, 64), dtype)
-    memory = put_pages.lower(pool, ids, (part,)).compile().memory_analysis()
+    parts = (jax.ShapeDtypeStruct((4, 16, 6, 64), dtype),) * 2
+    memory = put_pages.lower(pool, ids, parts).compile().memory_analysis()
     assert memory.alias_size_in_bytes >= pool.num_bytes
     assert memory.temp_size_in_bytes < 16 * page_bytes
     memory = take_pages.lower(pool, ids).compile().memory_analysis()

@@ -7,7 +7,7 @@ from engine_fakes import BUCKETS, HOST_PAGES, make, prompts, run
 
 from jaxpaged.engine.preemption import PreemptionCost
 from jaxpaged.scheduling.plan import INVALID_TOKEN, PageCopy, StepPlan, Transfer, Work
-from jaxpaged.scheduling.request import Sequence
+from jaxpaged.scheduling.request import Group, Sequence
 from jaxpaged.state import StepInputs
 
 
@@ -128,7 +128,7 @@ def test_padding_steps_change_no_page(small):
 
 
 def make_sequence(request, index=0, **more):
-    return Sequence(request, index, **more)
+    return Sequence(Group(request), index, **more)
 
 
 def plan_of(*rows, **more):
