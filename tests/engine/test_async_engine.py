@@ -1,13 +1,14 @@
 """The engine's thread: streams, cancelling, disconnects, draining, death; with a fake device that takes its time."""
 
 import asyncio
+import dataclasses
 import gc
 import threading
 import time
 
 import pytest
 from engine_fakes import make
-from fakes import DeviceFault, FakeRunner, golden_tokens
+from fakes import DeviceFault, FakeRunner, first_cell, golden_beams, golden_tokens
 from server_fakes import byte_tokenizer, model_config
 
 from jaxpaged.config import EngineConfig
@@ -98,6 +99,10 @@ async def eventually(condition, timeout_s=10.0):
             await asyncio.sleep(0.002)
 
 
+def expected_tokens(request):
+    return golden_tokens(request, 0, VOCAB, first=first_cell(request))
+
+
 async def tokens_of(stream):
     return [token async for event in stream for token in event.token_ids]
 
@@ -108,7 +113,7 @@ def test_many_streams_at_once_get_their_own_tokens():
             requests = [make(f"r{i}", range(i % 7 + 1), seed=i, max_tokens=5 + i) for i in range(24)]
             results = await asyncio.gather(*(tokens_of(engine.submit(request)) for request in requests))
             for request, tokens in zip(requests, results, strict=True):
-                assert tokens == golden_tokens(request, 0, VOCAB)
+                assert tokens == expected_tokens(request)
             assert engine.stats().finished == {"length": 24}
 
     asyncio.run(main())
@@ -132,6 +137,83 @@ def test_n_samples_share_a_stream():
         async with Served(SlowRunner()) as engine:
             ends = [event.index async for event in engine.submit(make("a", [1], n=3, max_tokens=4)) if event.finish_reason]
             assert sorted(ends) == [0, 1, 2]
+
+    asyncio.run(main())
+
+
+def test_beams_come_at_once_and_end_the_stream():
+    async def main():
+        async with Served(SlowRunner()) as engine:
+            request = make("a", [1, 2, 3], use_beam_search=True, n=2, beam_width=4, max_tokens=6)
+            events = [event async for event in engine.submit(request)]
+            expected = golden_beams(request, VOCAB, first=first_cell(request))
+            assert [event.index for event in events] == [0, 1, 2, 3]
+            assert [event.token_ids for event in events] == [hypothesis.tokens for hypothesis in expected[:2]] + [(), ()]
+            assert [event.cumulative_logprob for event in events[:2]] == [hypothesis.cumulative_logprob for hypothesis in expected[:2]]
+            assert engine.stats().generation_tokens == sum(len(hypothesis.tokens) for hypothesis in expected[:2])
+
+    asyncio.run(main())
+
+
+def test_the_prefix_cache_is_parted_by_tenant_and_can_be_reset():
+    async def main():
+        async with Served(SlowRunner()) as engine:
+            names = iter(range(100))
+
+            async def cached(tenant):
+                request = dataclasses.replace(make(f"r{next(names)}", range(14), max_tokens=3), tenant=tenant)
+                events = [event async for event in engine.submit(request)]
+                assert [token for event in events for token in event.token_ids] == expected_tokens(request)
+                return {event.num_cached_tokens for event in events}
+
+            assert [await cached(tenant) for tenant in ("a", "a", "b", "a", "b")] == [{0}, {12}, {0}, {12}, {12}]
+            assert engine.stats().prefix_cache_hits == 36 and engine.stats().prefix_cache_queries == 70
+            assert engine.stats().pages_cached > 0
+            await engine.reset_prefix_cache()
+            assert engine.stats().pages_cached == 0
+            assert [await cached(tenant) for tenant in ("a", "b", "a")] == [{0}, {0}, {12}]
+
+    asyncio.run(main())
+
+
+def test_a_reset_while_requests_run_changes_no_token():
+    async def main():
+        async with Served(SlowRunner()) as engine:
+            requests = [make(f"r{i}", range(10 + i), max_tokens=30) for i in range(6)]
+            running = [asyncio.create_task(tokens_of(engine.submit(request))) for request in requests]
+            for _ in range(5):
+                await asyncio.sleep(0.005)
+                await asyncio.gather(engine.reset_prefix_cache(), engine.reset_prefix_cache())
+            for request, tokens in zip(requests, await asyncio.gather(*running), strict=True):
+                assert tokens == expected_tokens(request)
+
+    asyncio.run(main())
+
+
+def test_a_reset_that_cannot_be_done_says_so():
+    async def main():
+        runner = SlowRunner()
+        engine = AsyncEngine(EngineConfig(), load=loader(runner))
+        with pytest.raises(EngineStopped):
+            await engine.reset_prefix_cache()
+        engine.start(asyncio.get_running_loop())
+        await engine.wait_ready()
+        runner.gate.clear()  # the thread hangs in a step, so that it never comes to the reset
+        stream = engine.submit(make("a", [1], max_tokens=50))
+        await asyncio.sleep(0.05)
+        waiting = asyncio.create_task(engine.reset_prefix_cache())
+        left = asyncio.create_task(engine.reset_prefix_cache())
+        await asyncio.sleep(0.05)
+        left.cancel()
+        engine._stopping.set()
+        runner.gate.set()
+        with pytest.raises(EngineStopped):
+            await waiting
+        with pytest.raises(EngineStopped):
+            await tokens_of(stream)
+        engine.stop()
+        with pytest.raises(EngineStopped):
+            await engine.reset_prefix_cache()
 
     asyncio.run(main())
 
@@ -215,15 +297,17 @@ def test_the_schedulers_own_refusal_reaches_the_stream():
         runner = SlowRunner()
         async with Served(runner, max_waiting=2) as engine:
             runner.gate.clear()
-            first = engine.submit(make("a", [1], n=11, max_tokens=3))
-            await first.accepted()
+            first = [engine.submit(make(f"a{i}", [1], n=5, max_tokens=3)) for i in range(2)]
+            for stream in first:
+                await stream.accepted()
             second = engine.submit(make("b", [1]))
             runner.gate.set()
             with pytest.raises(QueueFull):
                 await second.accepted()
             with pytest.raises(QueueFull):
                 await anext(second)
-            await tokens_of(first)
+            for stream in first:
+                await tokens_of(stream)
 
     asyncio.run(main())
 
@@ -297,7 +381,7 @@ def test_failed_steps_show_as_recovering_and_streams_go_on():
             reset = runner.reset
             runner.reset = lambda: (states.append(engine.status.state), reset())
             request = make("a", [1, 2, 3], max_tokens=30)
-            assert await tokens_of(engine.submit(request)) == golden_tokens(request, 0, VOCAB)
+            assert await tokens_of(engine.submit(request)) == expected_tokens(request)
             assert states == ["recovering", "recovering"]
             assert engine.status.state == "ready"
 

@@ -5,7 +5,7 @@ import itertools
 import numpy as np
 import pytest
 from engine_fakes import NAN_TOKEN, make, prompts, run
-from fakes import DeviceFault, FakeRunner, golden_tokens
+from fakes import DeviceFault, FakeRunner, first_cell, golden_tokens
 
 from jaxpaged.engine.engine import MAX_FAILURES, Engine
 from jaxpaged.errors import EngineStopped
@@ -71,7 +71,7 @@ def collect(engine, requests):
 
 
 def golden(requests):
-    return {request.id: golden_tokens(request, 0, VOCAB) for request in requests}
+    return {request.id: golden_tokens(request, 0, VOCAB, first=first_cell(request)) for request in requests}
 
 
 @pytest.mark.parametrize("depth", [0, 1])

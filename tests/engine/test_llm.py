@@ -52,6 +52,31 @@ def test_outputs_have_vllms_shape(small):
     assert plain.prompt_logprobs is None and plain.outputs[0].logprobs is None and plain.outputs[0].cumulative_logprob is None
 
 
+def test_the_best_of_several_by_mean_log_probability(small):
+    prompts, common = ["the cat sat", "once upon"], {"seed": 11, "max_tokens": 9}
+    every = small.llm.generate(prompts, SamplingParams(n=4, logprobs=0, **common), use_tqdm=False)
+    best = small.llm.generate(prompts, SamplingParams(n=2, best_of=4, **common), use_tqdm=False)
+    shown = small.llm.generate(prompts, SamplingParams(n=2, best_of=4, logprobs=1, **common), use_tqdm=False)
+    for all_four, two, with_logprobs in zip(every, best, shown, strict=True):
+        ranked = sorted(all_four.outputs, key=lambda output: output.cumulative_logprob / len(output.token_ids), reverse=True)
+        assert [output.token_ids for output in two.outputs] == [output.token_ids for output in ranked[:2]]
+        assert [output.text for output in two.outputs] == [output.text for output in ranked[:2]]
+        assert [output.cumulative_logprob for output in two.outputs] == pytest.approx([o.cumulative_logprob for o in ranked[:2]], abs=1e-4)
+        assert [output.index for output in two.outputs] == [0, 1]
+        assert all(output.logprobs is None for output in two.outputs)
+        assert all(len(output.logprobs) == len(output.token_ids) for output in with_logprobs.outputs)
+
+
+def test_cached_prompt_tokens_are_told_and_change_nothing(small):
+    llm, ids = small.llm, list(range(100, 130))
+    llm.reset_prefix_cache()
+    first, second = (llm.generate([ids], GREEDY, use_tqdm=False)[0] for _ in range(2))
+    assert (first.num_cached_tokens, second.num_cached_tokens) == (0, 24)
+    assert first.outputs[0].token_ids == second.outputs[0].token_ids
+    llm.reset_prefix_cache()
+    assert llm.generate([ids], GREEDY, use_tqdm=False)[0].num_cached_tokens == 0
+
+
 def test_more_prompts_than_fit_at_once_keep_their_order(small):
     prompts = [f"story number {i}" for i in range(30)]
     outputs = small.llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=4), use_tqdm=False)
