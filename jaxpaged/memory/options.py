@@ -31,6 +31,7 @@ class MemoryConfig:
     n: tuple[int, ...] = option((1,), "samples of each request; further ones, after commas, each get a row of their own")
     beam_width: tuple[int, ...] = option((), "beam search instead of samples, of these widths; each gets a row of its own")
     beam_entropy: float = option(1.0, "mean entropy, in nats, of the made-up next tokens that beams choose from", low=0.01, high=10.0)
+    beam_likeness: float = option(0.9, "probability that beams have the same next tokens in a step", low=0.0, high=1.0)
     enable_prefix_caching: bool = option(True, "reuse the pages of a prompt's beginning that was computed before")
     contiguous: Literal["first-fit", "buddy"] = option("first-fit", "how the baselines find a free run of memory")
     reserved: int | None = option(None, "worked example, with used: tokens that a contiguous system reserves", low=1)

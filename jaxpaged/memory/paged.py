@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
+from typing import Protocol
 
 from jaxpaged.memory.arrivals import Arrivals
 from jaxpaged.memory.ledger import Sample
@@ -11,7 +12,7 @@ from jaxpaged.memory.stand_in import StandIn
 from jaxpaged.memory.workloads import STOP_TOKEN, Workload
 from jaxpaged.scheduling.buckets import token_buckets
 from jaxpaged.scheduling.pages import NULL_PAGE
-from jaxpaged.scheduling.plan import StepPlan, TokenEvent
+from jaxpaged.scheduling.plan import StepPlan, StepResult, TokenEvent
 from jaxpaged.scheduling.request import Request, SamplingParams
 from jaxpaged.scheduling.scheduler import Scheduler
 
@@ -24,8 +25,9 @@ class PagedSetting:
         num_pages: Pages of the pool, the null page included.
         num_sequences: Samples of each request, or the width of its beam search.
         beams: Whether each request is a beam search.
-        entropy: See ``stand_in``.
+        entropy, likeness: See ``stand_in``.
         async_depth: Steps dispatched before the tokens of the first are read, 0 or 1.
+        sliding_window: Tokens that a token sees if every layer has a window, else None.
     """
 
     num_pages: int
@@ -36,12 +38,23 @@ class PagedSetting:
     num_sequences: int = 1
     beams: bool = False
     entropy: float = 1.0
+    likeness: float = 0.9
     seed: int = 0
     async_depth: int = 1
+    prefix_caching: bool = True
+    sliding_window: int | None = None
+
+
+class Device(Protocol):
+    """Answers plans, in the order in which they were made."""
+
+    def answer(self, plan: StepPlan) -> StepResult:
+        """Returns the result of a step."""
+        ...
 
 
 class PagedSystem:
-    """Replays a workload; the steps are planned by ``Scheduler`` and answered by ``StandIn``.
+    """Replays a workload; the steps are planned by ``Scheduler`` and answered by ``StandIn``, or by a device that is given.
 
     A sample ends with a stop token that the scheduler cannot foresee: ``max_tokens`` is as large as the door lets pass. Beams have no
     stop token, and end at ``max_tokens``.
@@ -51,7 +64,7 @@ class PagedSystem:
         hit_tokens: Prompt tokens found in the prefix cache, summed over requests.
     """
 
-    def __init__(self, workload: Workload, setting: PagedSetting) -> None:
+    def __init__(self, workload: Workload, setting: PagedSetting, device: Device | None = None) -> None:
         self.scheduler = Scheduler(
             num_pages=setting.num_pages,
             page_size=setting.page_size,
@@ -60,12 +73,14 @@ class PagedSystem:
             max_model_len=setting.max_model_len,
             token_buckets=token_buckets(setting.max_num_batched_tokens, setting.max_num_seqs),
             max_waiting=setting.num_sequences * len(workload.calls),
+            enable_prefix_caching=setting.prefix_caching,
+            sliding_window=setting.sliding_window,
             clock=lambda: 0.0,
         )
         self._calls = {str(place): call for place, call in enumerate(workload.calls)}
         self._setting = setting
         self._arrivals = Arrivals(workload)
-        self._device = StandIn(self._calls, entropy=setting.entropy, seed=setting.seed)
+        self._device = device or StandIn(self._calls, entropy=setting.entropy, likeness=setting.likeness, seed=setting.seed)
         self._unfinished: dict[str, int] = {}
         self.hit_tokens = 0
 
@@ -94,7 +109,7 @@ class PagedSystem:
 
     def _request(self, name: str) -> Request:
         call, setting = self._calls[name], self._setting
-        longest = min(setting.max_model_len, (setting.num_pages - 1) * setting.page_size // setting.num_sequences)
+        longest = min(setting.max_model_len, (setting.num_pages - 1) // setting.num_sequences * setting.page_size)
         if setting.beams:
             params = SamplingParams(
                 n=setting.num_sequences,

@@ -1,11 +1,15 @@
 """A device that is none: answers plans with the workload's tokens, and beam searches with made-up candidates.
 
 What beams share depends on how often their search drops some and forks others, so on how likely the next tokens are. Here the
-probabilities of the next token after each beam are broken off a stick of length 1: token i takes the share 1 - U_i ** (1 / theta) of
-what is left, with U_i uniform (the GEM distribution: Griffiths, Engen, McCloskey; see Pitman, Combinatorial Stochastic Processes, 2006).
-Its one parameter fixes the mean entropy, the harmonic number H(theta) in nats: at theta 1 the mean entropy is 1 nat and the most likely
-token has a probability of 0.62 on average, but now it is near 1 and now 0.2, as in text. All beams draw independently, and no beam is
-preferred but by its score; how much they share follows from that.
+probabilities of the next token are broken off a stick of length 1: token i takes the share 1 - U_i ** (1 / theta) of what is left, with
+U_i uniform (the GEM distribution: Griffiths, Engen, McCloskey; see Pitman, Combinatorial Stochastic Processes, 2006). Its one parameter
+fixes the mean entropy, the harmonic number H(theta) in nats: at theta 1 the mean entropy is 1 nat and the most likely token has a
+probability of 0.62 on average, but now it is near 1 and now 0.2, as in text.
+
+Beams are nearly the same text, so mostly they go on alike: with the probability ``likeness`` the beams of a search all have the same next
+probabilities in a step, else each has its own. If they always had the same, beams that once fell behind would hardly ever catch up
+and the few that lead would fork seldom, so little would be shared; independent beams overtake each other often. No beam is
+preferred but by its score. docs/memory.md shows what follows for several values, and what the packaged model's own beams share.
 """
 
 from __future__ import annotations
@@ -46,12 +50,14 @@ class StandIn:
     Args:
         calls: The call of each request, by the request's id.
         entropy: Mean entropy of the next token where beams are searched, in nats.
+        likeness: Probability that the beams of a search have the same next probabilities, in [0, 1].
         seed: Of the beams' candidates.
     """
 
-    def __init__(self, calls: Mapping[str, Call], *, entropy: float, seed: int) -> None:
+    def __init__(self, calls: Mapping[str, Call], *, entropy: float, likeness: float, seed: int) -> None:
         self._calls = calls
         self._theta = theta_of_entropy(entropy)
+        self._likeness = likeness
         self._rng = random.Random(seed)
 
     def answer(self, plan: StepPlan) -> StepResult:
@@ -65,8 +71,8 @@ class StandIn:
         return StepResult([self._token(work) for work in plan.work], beams=beams)
 
     def _token(self, work: Work) -> int:
-        """The call's own token for the first sample, another for each of its siblings; the last stops them all."""
-        if not work.samples or work.beam_score is not None:
+        """The call's own token for the first sample, another for each of its siblings; the last stops them all. Beams do not care."""
+        if not work.samples:
             return INVALID_TOKEN
         output = self._calls[work.sequence.request.id].output
         if work.num_output >= len(output) - 1:
@@ -77,16 +83,42 @@ class StandIn:
     def _candidates(self, scores: list[float], count: int) -> tuple[BeamCandidate, ...]:
         """Returns the ``count`` best of all ways to go on with beams of these scores."""
         best: list[tuple[float, int, int]] = []
+        alike = self._rng.random() < self._likeness
+        stick = _Stick(self._rng, self._theta)
         for parent, score in enumerate(scores):
-            left = score
-            for token_id in self._rng.sample(range(STOP_TOKEN + 1, VOCAB_SIZE), 8 * count):
-                if len(best) == count and left <= best[0][0]:
-                    break
-                broken = math.log(1 - self._rng.random()) / self._theta
-                candidate = (left + math.log(-math.expm1(broken) or 5e-324), -parent, -token_id)
-                left += broken
+            if parent and not alike:
+                stick = _Stick(self._rng, self._theta)
+            place = 0
+            while len(best) < count or score + stick.left(place) > best[0][0]:
+                candidate = (score + stick.logprob(place), -parent, -stick.first_token - place)
                 if len(best) < count:
                     heapq.heappush(best, candidate)
                 else:
                     heapq.heappushpop(best, candidate)
+                place += 1
         return tuple(BeamCandidate(-parent, -token_id, score) for score, parent, token_id in sorted(best, reverse=True))
+
+
+class _Stick:
+    """Next tokens and their log-probabilities, in no order, broken off as they are asked for."""
+
+    def __init__(self, rng: random.Random, theta: float) -> None:
+        self.first_token = rng.randrange(STOP_TOKEN + 1, VOCAB_SIZE // 2)
+        self._rng = rng
+        self._theta = theta
+        self._left = [0.0]
+        self._logprobs: list[float] = []
+
+    def left(self, place: int) -> float:
+        """Returns the logarithm of what is left before piece ``place`` is broken off."""
+        while len(self._left) <= place:
+            self.logprob(len(self._left) - 1)
+        return self._left[place]
+
+    def logprob(self, place: int) -> float:
+        """Returns the logarithm of piece ``place``."""
+        while len(self._logprobs) <= place:
+            kept = math.log(1 - self._rng.random()) / self._theta
+            self._logprobs.append(self._left[-1] + math.log(-math.expm1(kept) or 5e-324))
+            self._left.append(self._left[-1] + kept)
+        return self._logprobs[place]

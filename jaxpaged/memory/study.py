@@ -14,6 +14,7 @@ from jaxpaged.memory.options import MemoryConfig
 from jaxpaged.memory.paged import PagedSetting, PagedSystem
 from jaxpaged.memory.shapes import ModelShape, read_shape
 from jaxpaged.memory.workloads import Workload, load_workload
+from jaxpaged.scheduling.fields import MAX_BEAM_WIDTH
 
 _DEFAULT_CONTEXTS = 16
 _POINTS = 240
@@ -104,6 +105,7 @@ class Report:
     contiguous: str
     seed: int
     beam_entropy: float
+    beam_likeness: float
     prefix_caching: bool
     comparison: tuple[Row, ...]
     page_sizes: tuple[Row, ...]
@@ -124,10 +126,12 @@ class Study:
         for name, values, low, high in (
             ("page_size", config.page_size, 1, 1024),
             ("n", config.n, 1, config.max_num_seqs),
-            ("beam_width", config.beam_width, 1, config.max_num_seqs),
+            ("beam_width", config.beam_width, 1, min(config.max_num_seqs, MAX_BEAM_WIDTH)),
         ):
             if any(not low <= value <= high for value in values) or (not values and name != "beam_width"):
                 raise ConfigError(f"{name} must be integers from {low} to {high}; got {', '.join(map(str, values)) or 'none'}")
+        if config.beam_width and config.n != (1,):
+            raise ConfigError("n and beam_width exclude each other: a search has one width")
         if config.max_num_batched_tokens < config.max_num_seqs:
             raise ConfigError(
                 f"max_num_batched_tokens ({config.max_num_batched_tokens}) must be at least max_num_seqs ({config.max_num_seqs})"
@@ -138,7 +142,7 @@ class Study:
         self.memory_bytes = self._memory_bytes(longest)
         self.num_cells = self.memory_bytes // self.token_bytes
         self.sequences = max(*config.n, *config.beam_width, 1)
-        self.longest = min(longest, *((self.num_pages(size) - 1) * size // self.sequences for size in config.page_size))
+        self.longest = min(longest, *((self.num_pages(size) - 1) // self.sequences * size for size in config.page_size))
         self.workload, self.lengths = self._workload(longest)
 
     def num_pages(self, page_size: int) -> int:
@@ -178,6 +182,7 @@ class Study:
             contiguous=config.contiguous,
             seed=config.seed,
             beam_entropy=config.beam_entropy,
+            beam_likeness=config.beam_likeness,
             prefix_caching=config.enable_prefix_caching,
             comparison=(ours, *baselines),
             page_sizes=tuple(page_sizes),
@@ -224,8 +229,11 @@ class Study:
             num_sequences=num_sequences,
             beams=decoding == "beam",
             entropy=config.beam_entropy,
+            likeness=config.beam_likeness,
             seed=config.seed,
             async_depth=config.async_depth,
+            prefix_caching=config.enable_prefix_caching,
+            sliding_window=self.shape.window,
         )
         system = PagedSystem(self.workload, setting)
         samples = system.replay()
