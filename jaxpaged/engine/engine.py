@@ -169,7 +169,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters; callable from any thread."""
         scheduler, seen = self.scheduler, self.telemetry
-        memory = getattr(scheduler, "memory", None)
+        memory = scheduler.memory
         return EngineStats(
             running=scheduler.num_running,
             waiting=scheduler.num_waiting,
@@ -177,16 +177,16 @@ class Engine:
             page_size=scheduler.page_size,
             pages_used=scheduler.num_pages_in_use,
             pages_free=scheduler.pages.num_free,
-            pages_cached=getattr(scheduler.pages, "num_cached", 0),
+            pages_cached=scheduler.pages.num_cached,
             kv_cache_usage=scheduler.kv_usage,
             kv_waste=seen.kv_waste,
             prompt_tokens=seen.prompt_tokens,
             generation_tokens=seen.generation_tokens,
             preemptions=scheduler.num_preemptions,
-            prefix_cache_queries=getattr(memory, "prefix_queries", 0),
-            prefix_cache_hits=getattr(memory, "prefix_hits", 0),
-            swaps=getattr(scheduler, "num_swaps", 0),
-            page_copies=getattr(memory, "num_copies", 0),
+            prefix_cache_queries=memory.prefix_queries,
+            prefix_cache_hits=memory.prefix_hits,
+            swaps=scheduler.num_swaps,
+            page_copies=memory.num_copies,
             steps=seen.steps,
             step_tokens=seen.step_tokens,
             padding_tokens=seen.padding_tokens,

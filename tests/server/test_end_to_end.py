@@ -16,7 +16,7 @@ from pathlib import Path
 import httpx
 import openai
 import pytest
-from server_harness import LoopbackServer
+from server_harness import LoopbackServer, until
 
 from jaxpaged import LLM, SamplingParams
 from jaxpaged.config import CacheConfig, EngineConfig, SchedulerConfig, ServerConfig
@@ -130,6 +130,56 @@ def _offline(cache):
             show_progress=False,
         )
     return _offline_engines[cache]
+
+
+def test_the_best_of_several_and_beams_are_those_of_the_library(ai, cache):
+    llm = _offline(cache)
+    best = SamplingParams(n=2, best_of=4, seed=3, temperature=1.0, max_tokens=12)
+    beams = SamplingParams(use_beam_search=True, n=3, beam_width=4, length_penalty=0.7, early_stopping=True, max_tokens=16)
+    extra = {"use_beam_search": True, "beam_width": 4, "length_penalty": 0.7, "early_stopping": True}
+    for params, asked in (
+        (best, {"best_of": 4, "seed": 3, "temperature": 1.0, "top_p": 1}),
+        (beams, {"extra_body": extra}),
+    ):
+        expected = llm.generate(PROMPTS, params, use_tqdm=False)
+        found = ai.completions.create(model="tiny", prompt=PROMPTS, n=params.n, max_tokens=params.max_tokens, **asked)
+        assert [choice.text for choice in found.choices] == [output.text for each in expected for output in each.outputs]
+        assert [choice.finish_reason for choice in found.choices] == [output.finish_reason for each in expected for output in each.outputs]
+
+
+def test_the_prefix_cache_is_parted_by_api_key(cache):
+    """Both ways, on the real engine: the same key finds what it sent before, another key does not; nor does anybody after a reset."""
+    engine = AsyncEngine(configured(cache))
+    server = LoopbackServer(engine, ServerConfig(served_model_name=("tiny",), api_key=("first", "second")))
+    prompt = "Once upon a time there was a page that two requests wanted to read. " * 4
+    texts = set()
+
+    def cached(key, **more):
+        with openai.OpenAI(base_url=server.url + "/v1", api_key=key, max_retries=0, timeout=120) as client:
+            stream = client.completions.create(
+                model="tiny",
+                prompt=prompt,
+                max_tokens=8,
+                temperature=0,
+                stream=True,
+                stream_options={"include_usage": True},
+                extra_body=more,
+            )
+            chunks = list(stream)
+            texts.add("".join(chunk.choices[0].text for chunk in chunks[:-1]))
+            return chunks[-1].usage.prompt_tokens_details.cached_tokens
+
+    try:
+        until(lambda: httpx.get(server.url + "/health").status_code == 200, 300)
+        assert [cached(key) > 0 for key in ("first", "first", "second", "second", "first")] == [False, True, False, True, True]
+        assert cached("first", prompt_logprobs=None, user="second") > 0
+        assert httpx.post(server.url + "/reset_prefix_cache").status_code == 401
+        assert httpx.post(server.url + "/reset_prefix_cache", headers={"authorization": "Bearer second"}).status_code == 200
+        assert [cached(key) for key in ("first", "second")] == [0, 0]
+        assert len(texts) == 1
+    finally:
+        server.close()
+        engine.stop()
 
 
 def test_chat_streamed_and_whole_are_the_same(ai):
