@@ -221,7 +221,7 @@ class Scheduler:
         """
         if request.id in self._groups or not request.prompt:
             raise ValueError(f"request {request.id}: the id is in use or the prompt is empty")
-        self._check_size(request)
+        self.check_size(request)
         if len(self.running) + len(self.waiting) >= self.max_num_seqs + self.max_waiting:
             raise QueueFull(f"{len(self.waiting)} sequences are waiting; try again later", retry_after_s=self._retry_after_s())
         group = self._groups[request.id] = Group(request)
@@ -257,7 +257,8 @@ class Scheduler:
         """Forgets what is in the prefix cache, on the device and in host memory; harms nobody who runs."""
         self.memory.reset_prefix_cache()
 
-    def _check_size(self, request: Request) -> None:
+    def check_size(self, request: Request) -> None:
+        """Raises RequestError if a request can never fit, as ``add`` does."""
         params, num_tokens = request.params, len(request.prompt) + request.max_tokens
         if params.num_sequences > self.max_num_seqs:
             name = "beam_width" if params.beam_width else "best_of" if params.best_of else "n"
