@@ -325,6 +325,7 @@ class LLM:
 
     def _job(self, text: str | None, ids: list[int], params: SamplingParams, param: str) -> _Job:
         request = make_request(ids, params, self.info, request_id=str(next(self._ids)), prompt_param=param)
+        self._engine.scheduler.check_size(request)
         return _Job(request, text, self.info.tokenizer)
 
     def _run(self, jobs: list[_Job], *, use_tqdm: bool) -> list[RequestOutput]:

@@ -47,7 +47,8 @@ def make_request(
 
     Args:
         prompt_token_ids: At least one id, each in the model's vocabulary.
-        params: As the client gave them; ``max_tokens`` None becomes the rest of the context.
+        params: As the client gave them; ``max_tokens`` None becomes the rest of the context, or for several sequences what the
+            pool holds of them together if that is less.
         info: Of the loaded engine.
         request_id: Unique; made by the server, never by the client.
         prompt_param: The field to name in errors about the prompt (``messages`` for chat).
@@ -84,7 +85,7 @@ def _resolve_max_tokens(num_prompt: int, params: SamplingParams, info: EngineInf
         if params.min_tokens > rest:
             message = f"min_tokens {params.min_tokens} and a prompt of {num_prompt} tokens are more than {source} ({limit} tokens)"
             raise RequestError(message, param="min_tokens", code="context_length_exceeded")
-        return rest
+        return max(1, params.min_tokens, min(rest, _rest_of_pool(num_prompt, params.num_sequences, info)))
     if params.max_tokens > rest:
         total = num_prompt + params.max_tokens
         message = (
@@ -93,6 +94,13 @@ def _resolve_max_tokens(num_prompt: int, params: SamplingParams, info: EngineInf
         )
         raise RequestError(message, param="max_tokens", code="context_length_exceeded")
     return params.max_tokens
+
+
+def _rest_of_pool(num_prompt: int, num_sequences: int, info: EngineInfo) -> int:
+    """Returns how many tokens each sequence can grow by in a pool of its own: full pages of the prompt are shared, the others are not."""
+    shared = (num_prompt - 1) // info.page_size
+    pages_each = shared + (info.num_pages - 1 - shared) // num_sequences
+    return pages_each * info.page_size - num_prompt
 
 
 def _check_vocabulary(param: str, token_ids: Sequence[int], info: EngineInfo) -> None:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 from server_fakes import byte_tokenizer, model_config
 
@@ -59,6 +61,20 @@ def test_a_request_with_more_sequences_than_a_batch_is_refused(info, params, par
     assert error.param == param and "4" in str(error) and "5" in str(error)
     fitting = {name: min(value, 4) for name, value in params.items()}
     assert make_request([1], SamplingParams(**fitting), info, request_id="a", tenant="t").tenant == "t"
+
+
+@pytest.mark.parametrize("num_prompt", [1, 15, 16, 17, 40])
+@pytest.mark.parametrize("count", [1, 2, 4])
+def test_without_max_tokens_all_sequences_fit_the_pool_together(info, num_prompt, count):
+    tight = dataclasses.replace(info, num_pages=14)
+    request = make_request([1] * num_prompt, SamplingParams(max_tokens=None, n=count), tight, request_id="a")
+    shared = (num_prompt - 1) // 16
+
+    def pages(max_tokens):
+        return shared + count * (-(-(num_prompt + max_tokens) // 16) - shared)
+
+    assert pages(request.max_tokens) <= 13
+    assert num_prompt + request.max_tokens == 100 or pages(request.max_tokens + 1) > 13
 
 
 def test_a_beam_search_takes_no_sampling_defaults(info):

@@ -133,6 +133,20 @@ def test_a_bad_prompt_stops_all_before_anything_runs(small):
     assert small.llm.get_metrics().steps == before
 
 
+def test_more_sequences_than_the_pool_holds_stop_all_before_anything_runs(small):
+    engine, before = small.engine(num_pages=9), small.llm.get_metrics().steps
+    small.llm._engine, real = engine, small.llm._engine
+    try:
+        fits, too_much = SamplingParams(n=4, max_tokens=11), SamplingParams(n=4, max_tokens=20)
+        with pytest.raises(RequestError, match="4 sequences"):
+            small.llm.generate([[5, 6, 7]] * 2, [fits, too_much], use_tqdm=False)
+        assert engine.stats().steps == 0
+        assert len(small.llm.generate([[5, 6, 7]], fits, use_tqdm=False)[0].outputs) == 4
+    finally:
+        small.llm._engine = real
+    assert small.llm.get_metrics().steps == before
+
+
 def test_an_interrupt_leaves_a_working_engine(small, monkeypatch):
     expected = text_of(small.llm.generate("the cat", GREEDY, use_tqdm=False))
     dispatch = small.runner.dispatch
