@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import numpy as np
 
@@ -44,7 +45,7 @@ class Small:
     def info(self) -> EngineInfo:
         return self.llm.info
 
-    def scheduler(self, *, num_pages: int = 65, buckets: tuple[int, ...] = BUCKETS, **more: int) -> Scheduler:
+    def scheduler(self, *, num_pages: int = 65, buckets: tuple[int, ...] = BUCKETS, **more: Any) -> Scheduler:
         sizes = {"max_num_seqs": MAX_SEQS, "max_num_batched_tokens": buckets[-1], "max_model_len": 256, **more}
         return Scheduler(num_pages=num_pages, page_size=PAGE_SIZE, token_buckets=buckets, **sizes)
 
@@ -81,7 +82,7 @@ def run(engine: Engine, requests, *, check: bool = True) -> dict[tuple[str, int]
     tokens: dict[tuple[str, int], list[int]] = {}
     for request in requests:
         engine.add(request)
-        tokens |= {(request.id, index): [] for index in range(request.params.n)}
+        tokens |= {(request.id, index): [] for index in range(request.params.num_sequences)}
     steps = 0
     while engine.has_work:
         for event in engine.step():

@@ -29,13 +29,14 @@ def test_the_pool_is_updated_in_place(small):
     assert [layer.kv.unsafe_buffer_pointer() for layer in runner.pool.layers] == before
 
 
-def test_nothing_is_compiled_once_ready(small, monkeypatch):
-    """Across prefill chunks, decodes, all sampling options, log-probabilities, aborts and preemptions."""
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_nothing_is_compiled_once_ready(small, mode):
+    """Across prefill chunks, decodes, all sampling options, log-probabilities, forks, beams, aborts, preemptions and swaps."""
     compiled = []
     listener = lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None  # noqa: E731
     rng = np.random.default_rng(0)
     run(small.engine(), [make("first", [3, 4])])
-    engine = small.engine(num_pages=9)
+    engine = small.engine(num_pages=13, num_host_pages=HOST_PAGES if mode == "swap" else 0, preemption_mode=mode)
     before = small.runner.compilations_after_ready
     options = [
         {},
@@ -46,16 +47,39 @@ def test_nothing_is_compiled_once_ready(small, monkeypatch):
         {"allowed_token_ids": [5, 6, 7], "min_tokens": 3, "stop_token_ids": [5]},
         {"logprobs": 5, "prompt_logprobs": 2},
         {"n": 3},
+        {"use_beam_search": True, "beam_width": 3},
     ]
-    requests = [make(str(i), prompt, **options[i % len(options)]) for i, prompt in enumerate(prompts(16, rng))]
+    texts = [text[:24] for text in prompts(18, rng)]
+    requests = [make(str(i), prompt, **options[i % len(options)]) for i, prompt in enumerate(texts)]
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         run(engine, requests)
     finally:
         jax.monitoring.unregister_event_duration_listener(listener)
     assert engine.scheduler.num_preemptions > 0
+    assert engine.scheduler.memory.num_copies > 0
+    assert (engine.scheduler.num_swaps > 0) == (mode == "swap")
     assert compiled == []
     assert small.runner.compilations_after_ready == before
+
+
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+@pytest.mark.parametrize("async_depth", [0, 1])
+def test_sharing_swapping_and_the_prefix_cache_change_no_token(small, mode, async_depth):
+    """Of requests with common beginnings in a small pool, against each of them alone in an empty one."""
+    rng = np.random.default_rng(7)
+    common = rng.integers(3, 2000, 20).tolist()
+    options = [{"temperature": 0.0}, {"n": 3}, {"use_beam_search": True, "beam_width": 2, "n": 2}, {"n": 2, "top_p": 0.9}, {"logprobs": 2}]
+    texts = [common[: int(rng.integers(9, 20))] + rng.integers(3, 2000, int(rng.integers(0, 6))).tolist() for _ in range(15)]
+    requests = [make(str(i), text, seed=i, max_tokens=24, **options[i % len(options)]) for i, text in enumerate(texts)]
+    alone = {}
+    for request in requests:
+        alone |= run(small.engine(enable_prefix_caching=False, async_depth=0), [request])
+    engine = small.engine(num_pages=15, num_host_pages=HOST_PAGES, preemption_mode=mode, async_depth=async_depth)
+    assert run(engine, requests) == alone
+    scheduler = engine.scheduler
+    assert scheduler.num_preemptions > 0 and scheduler.memory.num_copies > 0 and scheduler.memory.prefix_hits > 0
+    assert (scheduler.num_swaps > 0) == (mode == "swap")
 
 
 def test_a_late_compilation_is_counted_and_named(small, caplog, monkeypatch):
