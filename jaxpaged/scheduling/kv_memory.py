@@ -21,11 +21,30 @@ import itertools
 from collections import Counter
 from collections.abc import Iterable
 from collections.abc import Sequence as Seq
+from typing import NamedTuple
 
 from jaxpaged.scheduling.pages import NULL_PAGE, PageAllocator
 from jaxpaged.scheduling.plan import PageCopy, Transfer
 from jaxpaged.scheduling.prefix_cache import Key, PrefixCache, extend_keys, partition_key
 from jaxpaged.scheduling.request import Group, Request, Sequence
+
+
+class _Hits(NamedTuple):
+    """What is cached of a sequence's beginning.
+
+    Attributes:
+        num_unread: Pages at the beginning that nobody can read any more (sliding window); they are not needed.
+        pages: After them, pages on the device.
+        places: After these, places in host memory.
+    """
+
+    num_unread: int
+    pages: list[int]
+    places: list[int]
+
+    @property
+    def num_pages(self) -> int:
+        return self.num_unread + len(self.pages) + len(self.places)
 
 
 class KVMemory:
@@ -117,8 +136,8 @@ class KVMemory:
 
     def to_begin(self, sequence: Sequence) -> int:
         """Returns how many free pages it takes to compute all tokens that a sequence has, from the longest cached beginning on."""
-        pages, _ = self._hits(sequence, short_of=1)
-        return self.most_pages(len(sequence.tokens)) - sum(self._is_read(page_id) for page_id in pages)
+        hits = self._hits(sequence, short_of=1)
+        return self.most_pages(len(sequence.tokens)) - sum(self._is_read(page_id) for page_id in hits.pages)
 
     def shortfall(self, ends: Seq[tuple[Sequence, int]]) -> int:
         """Returns how many free pages it takes for these sequences to compute their tokens up to these ends in one step.
@@ -132,23 +151,22 @@ class KVMemory:
             page_id = self._next_written(sequence)
             if page_id is not None and not self._is_writable(page_id, copied[page_id]):
                 missing += 1
-                copied[page_id] += not self.pages.is_kept(page_id)
+                copied[page_id] += not self.pages.is_kept(page_id) and self.pages.is_complete(sequence.last_step)
         return missing
 
     # -------------------------------------------------------------------------------------------------------------- to pages
 
     def begin(self, sequence: Sequence) -> None:
         """Gives a sequence that is admitted the pages of its longest beginning that is cached; there must be pages for the rest."""
-        pages, places = self._hits(sequence)
-        if (len(pages) + len(places)) * self.page_size >= len(sequence.tokens) and not self._has_room_for_copy(sequence, pages):
-            pages, places = self._hits(sequence, short_of=1)
-        self.pages.share(pages)
+        hits = self._hits(sequence)
+        if hits.num_pages * self.page_size >= len(sequence.tokens) and not self._has_room_for_copy(sequence, hits):
+            hits = self._hits(sequence, short_of=1)
+        self.pages.share(hits.pages)
         if self.host is not None:
-            self.host.pages.share(places)
-        restored = self._restore(places)
-        sequence.page_ids = [*pages, *restored]
-        sequence.num_registered = len(sequence.page_ids)
-        sequence.num_computed = min(len(sequence.page_ids) * self.page_size, len(sequence.tokens) - 1)
+            self.host.pages.share(hits.places)
+        sequence.page_ids = [NULL_PAGE] * hits.num_unread + hits.pages + self._restore(hits.places)
+        sequence.num_registered = hits.num_pages
+        sequence.num_computed = sequence.num_settled = min(hits.num_pages * self.page_size, len(sequence.tokens) - 1)
         group = sequence.group
         if group.num_cached_tokens is None:
             group.num_cached_tokens = sequence.num_computed
@@ -161,9 +179,10 @@ class KVMemory:
 
         The prompt's last token is computed again: a sequence samples after a token of its own.
         """
-        sequence.page_ids = source.page_ids[: self.num_pages(source.num_prompt)]
+        sequence.num_computed = sequence.num_settled = min(source.num_prompt, len(sequence.tokens) - 1)
+        unread = self._num_unread(sequence.num_computed)
+        sequence.page_ids = [NULL_PAGE] * unread + source.page_ids[unread : self.num_pages(source.num_prompt)]
         self.pages.share(_without_null(sequence.page_ids))
-        sequence.num_computed = min(source.num_prompt, len(sequence.tokens) - 1)
         sequence.num_registered = source.num_prompt // self.page_size
         sequence.num_listed = 0
 
@@ -187,10 +206,8 @@ class KVMemory:
         sequence.page_ids += self.pages.take(self.num_pages(end) - len(sequence.page_ids))
 
     def settle(self, sequence: Sequence, end: int) -> None:
-        """Says that the steps which computed the first ``end`` tokens are complete.
-
-        Their full pages go into the prefix cache, and those that no later token can read go back.
-        """
+        """Says that the steps which computed the first ``end`` tokens are complete: their full pages go into the prefix cache."""
+        sequence.num_settled = max(sequence.num_settled, end)
         full = min(end, len(sequence.tokens)) // self.page_size
         if full > sequence.num_registered and self.enable_prefix_caching:
             keys = self._keys(sequence)
@@ -198,8 +215,19 @@ class KVMemory:
                 if sequence.page_ids[at] != NULL_PAGE:
                     self.device.put(keys[at], sequence.page_ids[at])
             sequence.num_registered = full
-        if self.sliding_window is not None:
-            self._leave_window(sequence, end)
+
+    def leave_window(self, sequence: Sequence) -> None:
+        """Gives back the pages that no later token of a sequence can read, and no fork of it that is still to come."""
+        if self.sliding_window is None or not sequence.page_ids:
+            return
+        end = sequence.num_settled
+        if any(not other.page_ids for other in sequence.group.active):
+            end = min(end, sequence.num_prompt - 1)
+        for at in range(min(self._num_unread(end), len(sequence.page_ids)) - 1, -1, -1):
+            if sequence.page_ids[at] == NULL_PAGE:
+                break
+            self.pages.release_after([sequence.page_ids[at]], sequence.last_step)
+            sequence.page_ids[at] = NULL_PAGE
 
     def release(self, sequence: Sequence) -> None:
         """Takes all pages, and places in host memory, from a sequence. The first pages of a text are evicted last."""
@@ -209,6 +237,7 @@ class KVMemory:
         sequence.page_ids = []
         sequence.host_ids = []
         sequence.num_registered = 0
+        sequence.num_settled = 0
         sequence.num_listed = 0
 
     def follow(self, sequence: Sequence, parent: Sequence) -> None:
@@ -222,6 +251,7 @@ class KVMemory:
         sequence.page_keys = list(parent.page_keys)
         sequence.num_registered = parent.num_registered
         sequence.num_computed = parent.num_computed
+        sequence.num_settled = parent.num_settled
 
     # ------------------------------------------------------------------------------------------------------------ host memory
 
@@ -281,6 +311,7 @@ class KVMemory:
             sequence.page_ids = [page_of[place] for place in sequence.host_ids]
             host.pages.release(_without_null(reversed(sequence.host_ids)))
             sequence.host_ids = []
+            sequence.num_settled = sequence.num_computed
 
     # ------------------------------------------------------------------------------------------------------------ all at once
 
@@ -316,17 +347,6 @@ class KVMemory:
 
     # ------------------------------------------------------------------------------------------------------------ the inside
 
-    def _leave_window(self, sequence: Sequence, end: int) -> None:
-        """Gives back the pages that no token from position ``end`` on can read; those that forks to come can read stay."""
-        if any(not other.page_ids for other in sequence.group.active):
-            end = min(end, sequence.num_prompt - 1)
-        unread = (end - (self.sliding_window or 0) + 1) // self.page_size
-        for at in range(min(unread, len(sequence.page_ids)) - 1, -1, -1):
-            if sequence.page_ids[at] == NULL_PAGE:
-                break
-            self.pages.release_after([sequence.page_ids[at]], sequence.last_step)
-            sequence.page_ids[at] = NULL_PAGE
-
     def _keys(self, sequence: Sequence) -> list[Key]:
         if len(sequence.page_keys) < len(sequence.tokens) // self.page_size:
             request = sequence.request
@@ -339,23 +359,30 @@ class KVMemory:
         """Whether a sequence may skip tokens that are cached; log-probabilities of a prompt need all of it computed."""
         return self.enable_prefix_caching and sequence.request.params.prompt_logprobs is None
 
-    def _hits(self, sequence: Sequence, short_of: int = 0) -> tuple[list[int], list[int]]:
-        """Returns pages, and after them places in host memory, of the longest beginning that is cached.
+    def _hits(self, sequence: Sequence, short_of: int = 0) -> _Hits:
+        """Looks for the longest beginning of a sequence that is cached.
 
         Args:
             sequence: Whose tokens.
             short_of: Tokens at the end to leave out.
         """
         if not self._may_hit(sequence):
-            return [], []
+            return _Hits(0, [], [])
         keys = self._keys(sequence)[: (len(sequence.tokens) - short_of) // self.page_size]
         pages = self.device.longest(keys)
-        return pages, self.host.longest(keys[len(pages) :]) if self.host is not None else []
+        places = self.host.longest(keys[len(pages) :]) if self.host is not None else []
+        # Forks that are still to come begin at the prompt's last token.
+        unread = self._num_unread(min((len(pages) + len(places)) * self.page_size, sequence.num_prompt - 1))
+        return _Hits(unread, pages[unread:], places[max(0, unread - len(pages)) :])
 
-    def _has_room_for_copy(self, sequence: Sequence, pages: Seq[int]) -> bool:
+    def _num_unread(self, position: int) -> int:
+        """Returns how many pages at the beginning no token from this position on can read."""
+        return 0 if self.sliding_window is None else max(0, position - self.sliding_window + 1) // self.page_size
+
+    def _has_room_for_copy(self, sequence: Sequence, hits: _Hits) -> bool:
         """Whether there is a page more than needed, for a copy of the last page of a text that is cached whole."""
-        idle = sum(not self._is_read(page_id) for page_id in pages)
-        return self.pages.num_free > self.num_pages(len(sequence.tokens)) - len(pages) + idle
+        idle = sum(not self._is_read(page_id) for page_id in hits.pages)
+        return self.pages.num_free > self.num_pages(len(sequence.tokens)) - hits.num_unread - len(hits.pages) + idle
 
     def _to_fork(self, sequence: Sequence) -> int:
         """Returns how many pages of its own a sequence needs beside those of its prompt that it will share."""

@@ -88,6 +88,10 @@ class PageAllocator:
         """Highest step that a deferred page waits for; 0 if none does."""
         return max(self._fences, default=0)
 
+    def is_complete(self, step: int) -> bool:
+        """Whether a step is known to be complete."""
+        return step <= self._completed
+
     def reference_count(self, page_id: int) -> int:
         """Readers of a page, those included that leave when a step is complete."""
         return self._readers[page_id] + self._leaving[page_id]

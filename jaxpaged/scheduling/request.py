@@ -168,6 +168,7 @@ class Sequence:
         tokens: Prompt, then every token sampled so far whose value the host knows.
         num_computed: Tokens whose K/V is in the pool once every dispatched step is done. May exceed ``len(tokens) - 1``
             while a sampled token is still on the device only.
+        num_settled: Of these, the ones that complete steps computed.
         num_pending: Sampled tokens that dispatched steps will deliver and the host has not read yet.
         page_ids: Pages in logical order, page ``i`` holds positions ``[i*B, (i+1)*B)``; the null page where no later token can read.
         host_ids: Places in host memory of the same pages, while the sequence is swapped out.
@@ -188,6 +189,7 @@ class Sequence:
     order: int = 0
     tokens: list[int] = dataclasses.field(default_factory=list)
     num_computed: int = 0
+    num_settled: int = 0
     num_pending: int = 0
     page_ids: list[int] = dataclasses.field(default_factory=list)
     host_ids: list[int] = dataclasses.field(default_factory=list)

@@ -379,6 +379,7 @@ class Scheduler:
         """Plans what the sequences of a running request can compute, but for ``owed`` tokens of the budget."""
         if group.suspect and draft.suspect not in (None, group):
             return
+        self._fork(group)
         if self._in_step(group):
             beams = group.active
             ends = [(sequence, len(sequence.tokens)) for sequence in beams]
@@ -387,18 +388,21 @@ class Scheduler:
                 for sequence in beams:
                     self._plan(draft, sequence, 1)
             return
-        source = next((sequence for sequence in group.sequences if sequence.page_ids), None)
-        may_fork = source is not None and source.num_computed >= source.num_prompt  # by steps before this one
+        starting = not any(sequence.page_ids for sequence in group.sequences)
         for after, sequence in zip(range(len(group.sequences) - 1, -1, -1), group.sequences, strict=True):
-            if sequence.idle:
-                continue
-            if source is not None and not sequence.page_ids:
-                if not may_fork:
-                    continue
-                self.memory.fork(sequence, source)
-            source = source or sequence
-            budget = min(draft.budget, max(1, draft.budget - owed - after))
-            self._continue(draft, sequence, budget)
+            if sequence.page_ids or (starting and not sequence.idle):
+                starting = False  # the others fork once this one has computed the prompt
+                self._continue(draft, sequence, min(draft.budget, max(1, draft.budget - owed - after)))
+
+    def _fork(self, group: Group) -> None:
+        """Gives the sequences of a request that have no pages those of one that has computed the prompt, in steps before this one."""
+        for sequence in group.sequences:
+            self.memory.leave_window(sequence)
+        source = next((sequence for sequence in group.sequences if sequence.page_ids), None)
+        if source is not None and source.num_computed >= source.num_prompt:
+            for sequence in group.active:
+                if not sequence.page_ids:
+                    self.memory.fork(sequence, source)
 
     def _continue(self, draft: _Draft, sequence: Sequence, budget: int) -> None:
         """Plans the next tokens of a running sequence, from the longest cached beginning on if it has no pages yet."""
