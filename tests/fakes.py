@@ -50,10 +50,10 @@ def visible(cells: list[int], window: int | None) -> list[int]:
     return cells if window is None else cells[-window:]
 
 
-def golden_tokens(request: Request, index: int, vocab_size: int, *, first: int = 0, window: int | None = None) -> list[int]:
+def golden_tokens(request: Request, index: int, vocab_size: int, *, first: int | None = None, window: int | None = None) -> list[int]:
     """What FakeRunner must generate for a sample, computed without pages, steps or slots."""
     outputs = 0
-    cells = cells_of(first, request.prompt)
+    cells = cells_of(first_cell(request) if first is None else first, request.prompt)
     generated: list[int] = []
     while len(generated) < request.max_tokens:
         token = next_token(visible(cells, window), request.seed + index, outputs, vocab_size)

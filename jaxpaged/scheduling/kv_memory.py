@@ -118,20 +118,20 @@ class KVMemory:
     def to_admit(self, group: Group) -> int:
         """Returns how many free pages it takes to compute, or bring back, all tokens that the sequences of a waiting group have."""
         leader, *others = group.sequences
-        if leader.host_ids or any(other.host_ids for other in others):
-            places = set(_without_null(itertools.chain.from_iterable(sequence.host_ids for sequence in group.sequences)))
-            known = [self._on_device(place) for place in places]
-            unstarted = sum(self._to_fork(sequence) for sequence in group.sequences if not sequence.host_ids)
-            return len(places) - sum(page is not None and self._is_read(page) for page in known) + unstarted
-        return self.to_begin(leader) + sum(self._to_fork(sequence) for sequence in others)
+        if not any(sequence.host_ids for sequence in group.sequences):
+            return self.to_begin(leader) + sum(self._to_fork(sequence) for sequence in others)
+        places = set(_without_null(itertools.chain.from_iterable(sequence.host_ids for sequence in group.sequences)))
+        on_device = [page_id for page_id in map(self._on_device, places) if page_id is not None]
+        return len(places) - sum(map(self._is_read, on_device)) + sum(map(self.spoken_for, group.sequences))
 
     def spoken_for(self, sequence: Sequence) -> int:
-        """Returns how many more pages a running sequence needs for the tokens it has."""
-        if not sequence.page_ids:
+        """Returns how many more pages a sequence needs for the tokens it has, beside those it holds here or in host memory."""
+        held = sequence.page_ids or sequence.host_ids
+        if not held:
             return self._to_fork(sequence)
-        missing = self.num_pages(len(sequence.tokens)) - len(sequence.page_ids)
+        missing = self.num_pages(len(sequence.tokens)) - len(held)
         if self.sliding_window is not None:
-            missing = min(missing, self.most_pages(len(sequence.tokens)) - len(_without_null(sequence.page_ids)))
+            missing = min(missing, self.most_pages(len(sequence.tokens)) - len(_without_null(held)))
         return max(0, missing)
 
     def to_begin(self, sequence: Sequence) -> int:

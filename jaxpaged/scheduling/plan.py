@@ -163,8 +163,8 @@ class TokenEvent:
     Attributes:
         request_id: Whose request.
         index: Which of its samples.
-        token_ids: New tokens, in order; empty when the sequence ends without one (abort, error) and for the first event
-            of a prompt whose log-probabilities are asked for.
+        token_ids: New tokens, in order; empty when the sequence ends without one (abort, error) and in events that tell of the
+            prompt's log-probabilities.
         logprobs: One entry per new token, or empty when not asked for.
         prompt_logprobs: Entries for the prompt's tokens from the second on, in order, as they become known.
         finish_reason: None while the sequence runs.

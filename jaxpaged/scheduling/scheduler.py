@@ -54,7 +54,7 @@ from jaxpaged.scheduling.buckets import slot_bucket
 from jaxpaged.scheduling.faults import blame, clear
 from jaxpaged.scheduling.kv_memory import KVMemory
 from jaxpaged.scheduling.pages import PageAllocator
-from jaxpaged.scheduling.plan import INVALID_TOKEN, BeamCandidate, StepPlan, StepResult, TokenEvent, Work
+from jaxpaged.scheduling.plan import INVALID_TOKEN, BeamCandidate, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
 from jaxpaged.scheduling.request import FinishReason, Group, Request, Sequence, Status
 
 HEADROOM = 1
@@ -313,6 +313,8 @@ class Scheduler:
         self.slots.complete(plan.step)
         events: list[TokenEvent] = []
         for row, work in enumerate(plan.work):
+            if result.prompt_logprobs and result.prompt_logprobs[row]:
+                events += self._tell_prompt_logprobs(work, result.prompt_logprobs[row])
             if work.sequence.status is Status.FINISHED:
                 continue
             if work.beam_score is not None:
@@ -380,6 +382,12 @@ class Scheduler:
         if group.suspect and draft.suspect not in (None, group):
             return
         self._fork(group)
+        if not self._in_step(group):
+            starting = not any(sequence.page_ids for sequence in group.sequences)
+            for after, sequence in zip(range(len(group.sequences) - 1, -1, -1), group.sequences, strict=True):
+                if sequence.page_ids or (starting and not sequence.idle):
+                    starting = False  # the others fork once this one has computed the prompt
+                    self._continue(draft, sequence, min(draft.budget, max(1, draft.budget - owed - after)))
         if self._in_step(group):
             beams = group.active
             ends = [(sequence, len(sequence.tokens)) for sequence in beams]
@@ -387,12 +395,6 @@ class Scheduler:
             if enough and self._make_room(draft, group, lambda: self.memory.shortfall(ends)):
                 for sequence in beams:
                     self._plan(draft, sequence, 1)
-            return
-        starting = not any(sequence.page_ids for sequence in group.sequences)
-        for after, sequence in zip(range(len(group.sequences) - 1, -1, -1), group.sequences, strict=True):
-            if sequence.page_ids or (starting and not sequence.idle):
-                starting = False  # the others fork once this one has computed the prompt
-                self._continue(draft, sequence, min(draft.budget, max(1, draft.budget - owed - after)))
 
     def _fork(self, group: Group) -> None:
         """Gives the sequences of a request that have no pages those of one that has computed the prompt, in steps before this one."""
@@ -417,9 +419,12 @@ class Scheduler:
             self._plan(draft, sequence, count)
 
     def _in_step(self, group: Group) -> bool:
-        """Whether the beams of a search are all at their last token, so that they can go on together."""
+        """Whether the beams of a search are all at their last token, and not in this step yet, so that they can go on together."""
         return group.beams is not None and all(
-            sequence.page_ids and sequence.num_computed == len(sequence.tokens) - 1 and not sequence.num_pending
+            sequence.page_ids
+            and sequence.num_computed == len(sequence.tokens) - 1
+            and not sequence.num_pending
+            and sequence.last_step <= self.step
             for sequence in group.active
         )
 
@@ -531,17 +536,13 @@ class Scheduler:
     def _apply(self, plan: StepPlan, work: Work, row: int, result: StepResult) -> TokenEvent | None:
         """Gives one row's token to its sequence, which may have been preempted in the meantime."""
         sequence, group = work.sequence, work.sequence.group
-        prompt_logprobs = result.prompt_logprobs[row] if result.prompt_logprobs else ()
-        if prompt_logprobs:
-            prompt_logprobs = prompt_logprobs[max(0, group.num_prompt_logprobs - work.start) :]
-            group.num_prompt_logprobs += len(prompt_logprobs)
         token = result.tokens[row]
         sequence.num_pending -= work.samples
         if work.samples and token == INVALID_TOKEN:
             return self._end_invalid(sequence)
         self._settle(plan, work)
         if not work.samples:
-            return TokenEvent(sequence.request.id, sequence.index, prompt_logprobs=prompt_logprobs) if prompt_logprobs else None
+            return None
         sequence.tokens.append(token)
         if sequence.suspect:
             clear(sequence)
@@ -554,11 +555,19 @@ class Scheduler:
             sequence.index,
             (token,),
             () if logprobs is None else (logprobs,),
-            prompt_logprobs,
-            reason,
-            token if reason is FinishReason.STOP and token in (sequence.request.params.stop_token_ids or ()) else None,
+            finish_reason=reason,
+            stop_reason=token if reason is FinishReason.STOP and token in (sequence.request.params.stop_token_ids or ()) else None,
             num_cached_tokens=group.num_cached_tokens or 0,
         )
+
+    def _tell_prompt_logprobs(self, work: Work, found: tuple[TokenLogprobs, ...]) -> list[TokenEvent]:
+        """Tells all samples of a request what one of them has learnt of the prompt, once each, whatever became of that one."""
+        group = work.sequence.group
+        news = found[max(0, group.num_prompt_logprobs - work.start) :]
+        group.num_prompt_logprobs += len(news)
+        if not news:
+            return []
+        return [TokenEvent(group.request.id, sequence.index, prompt_logprobs=news) for sequence in group.sequences]
 
     def _apply_beams(self, plan: StepPlan, group: Group, result: StepResult) -> list[TokenEvent]:
         """Goes on with a beam search, whose beams' rows are in this plan; does nothing if that was done for another of its rows."""

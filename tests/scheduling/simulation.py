@@ -57,6 +57,7 @@ class Sample:
     beam: Hypothesis | None = None
     received: list[int] = dataclasses.field(default_factory=list)
     end: TokenEvent | None = None
+    prompt_logprobs: int = 0
     aborted: bool = False
     failed_alone: int = 0
     invalid: bool = False
@@ -126,7 +127,6 @@ class World:
         )
         self.handles: list[tuple[StepPlan, FakeHandle]] = []
         self.samples: dict[tuple[str, int], Sample] = {}
-        self.prompt_logprobs: Counter[str] = Counter()
         self.num_faults = 0
         self.num_steps = 0
         self.num_restored = 0
@@ -260,9 +260,9 @@ class World:
             require(not event.token_ids or not sample.aborted, "an aborted sequence got a token")
             sample.received += event.token_ids
             for entry in event.prompt_logprobs:
-                self.prompt_logprobs[event.request_id] += 1
-                at = self.prompt_logprobs[event.request_id]
-                require((entry.token_id, entry.logprob) == (sample.request.prompt[at], -float(at)), "a prompt's log-probabilities are out of order")
+                sample.prompt_logprobs += 1
+                expected = (sample.request.prompt[sample.prompt_logprobs], -float(sample.prompt_logprobs))
+                require((entry.token_id, entry.logprob) == expected, "the prompt's log-probabilities are out of order")
             if sample.request.params.use_beam_search:
                 require(event.finish_reason is not None, "a beam was told before the search was over")
             if event.token_ids and not sample.request.params.use_beam_search:
@@ -282,6 +282,7 @@ class World:
         scheduler.check()
         cells, size = self.device.cells, scheduler.page_size
         leaving = [transfer for transfer in scheduler.memory._transfers if transfer.to_host]  # with the next plan
+        coming = {page_id for transfer in scheduler.memory._transfers if not transfer.to_host for page_id in transfer.page_ids}
         on_the_way = {place for transfer in leaving for place in transfer.host_ids}
         for sequence in scheduler.live_sequences():
             where, table = (self.device.host, sequence.host_ids) if sequence.host_ids else (cells, sequence.page_ids)
@@ -290,7 +291,7 @@ class World:
                 count = min(size, min(sequence.num_computed, len(expected)) - i * size)  # a step ahead may run past the end
                 if count <= 0:
                     break
-                if place != NULL_PAGE and not (sequence.host_ids and place in on_the_way):
+                if place != NULL_PAGE and place not in (on_the_way if sequence.host_ids else coming):
                     require(where[place][:count] == expected[i * size : i * size + count], "a cell does not hold what its sequence wrote")
         if not self.num_faults:
             late = (sequence for sequence in scheduler.live_sequences() if scheduler.step > self.sample(sequence).deadline)
@@ -380,7 +381,7 @@ class World:
         elif sample.request.params.use_beam_search and not sample.beam and end.finish_reason is FinishReason.LENGTH:
             due = not sample.received
         if sample.received and sample.request.params.prompt_logprobs is not None:
-            due &= self.prompt_logprobs[sample.request.id] == len(sample.request.prompt) - 1
+            due &= sample.prompt_logprobs == len(sample.request.prompt) - 1
         require(due, f"a sequence ended by {end.finish_reason}, which was not due")
 
 
@@ -424,7 +425,7 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
     num_pages, page_size = rng.choice((3, 5, 7, 10, 10, 15, 15, 30)), rng.choice((1, 2, 3, 4, 8))
     sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
-    longest = 10_000 if sliding_window is None else 2 * num_pages * page_size  # a window lets in texts longer than the pool
+    longest = 10_000 if sliding_window is None else min(150, 2 * num_pages * page_size)  # a window lets in texts longer than the pool
     scheduler = make_scheduler(
         num_pages=num_pages,
         page_size=page_size,
