@@ -8,12 +8,15 @@ integers: a token's weight ``exp((x - max) / temperature)`` is rounded to a mult
 weights are kept exactly as two uint32 limbs. Integer addition has no order, so a row's token depends on this row's logits,
 parameters, seed and position alone: not on the batch, the bucket, the slot or the platform's way of adding up.
 
+What is as wide as the vocabulary lies in blocks ``[S, B, W]``, W = 128, from the draw on: a TPU's tiles, of which a gather takes
+whole ones. A TPU's compiler takes seconds for every sort, wide gather and change of layout, in each of the step's programs, so
+there is none here, and a loop serves twice where it can.
+
 Letters: S rows, T tokens, M slots, V vocabulary, E model dimension.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -27,12 +30,12 @@ from jaxpaged.state import TOP_LOGPROBS, RowFlag, SamplingState, StepInputs, Tok
 
 _FLOAT_MAX = float(np.finfo(np.float32).max)
 _FLOAT_TINY = float(np.finfo(np.float32).tiny)
-_BLOCK = 64
-"""Tokens whose largest logit stands for them where likely tokens are looked for."""
+_BLOCK = 128
+"""Tokens whose largest logit stands for them where likely tokens are looked for: the lanes of a TPU, so that blocks need no padding."""
 _NEAR_BLOCKS = 128
 """Blocks that are searched for the boundary of top_k and top_p before all are; at least as many tokens are ahead of all others."""
-_SUM_BLOCK = 512
-"""Most weights whose limbs' sums are exact in float32."""
+_NONE_LEFT = -(2**31)
+"""Below the ``_order`` of every logit."""
 _PROMPT_CHUNK = 32
 """Prompt positions whose logits exist at one time."""
 
@@ -108,8 +111,8 @@ def _adjust(x: Float[Array, "S V"], inputs: StepInputs, state: SamplingState) ->
     biased, suppressed, penalised = (
         has_flag(inputs.flags, flag)[:, None] for flag in (RowFlag.BIAS, RowFlag.SUPPRESS_STOP, RowFlag.PENALTIES)
     )
-    x = x + jnp.where(biased, jnp.take(state.logit_bias, inputs.slots, axis=0, mode="clip"), 0.0)
-    rows = jnp.take(state.token_flags, inputs.slots, axis=0, mode="clip")
+    x = x + jnp.where(biased, _rows_of_slots(state.logit_bias, inputs.slots), 0.0)
+    rows = _rows_of_slots(state.token_flags, inputs.slots)
     x = jnp.where(suppressed & ((rows & int(TokenFlag.STOPS)) != 0), -jnp.inf, x)
 
     count = (rows >> 2).astype(jnp.float32)
@@ -121,11 +124,21 @@ def _adjust(x: Float[Array, "S V"], inputs: StepInputs, state: SamplingState) ->
     return jnp.where(penalised, y, x)
 
 
+def _rows_of_slots(table: Shaped[Array, "M V"], slots: Int[Array, " S"]) -> Shaped[Array, "S V"]:
+    """Returns the slots' rows: on a TPU as slices, which make a loop, where ``take`` makes code that takes seconds to compile."""
+    return lax.platform_dependent(
+        table,
+        slots,
+        tpu=jax.vmap(lambda table, slot: lax.dynamic_index_in_dim(table, slot, keepdims=False), (None, 0)),
+        default=lambda table, slots: jnp.take(table, slots, axis=0, mode="clip"),
+    )
+
+
 class _Likeliest(NamedTuple):
-    """The first of the most likely tokens of each row, found through maxima of blocks of 64 tokens.
+    """The first of the most likely tokens of each row, found through maxima of blocks of tokens.
 
     Attributes:
-        maxima: float32 [S, V / 64].
+        maxima: float32 [S, V / 128].
         value: float32 [S], the largest logit.
         valid: bool [S], whether the row holds no NaN and no +inf, and something other than -inf.
         ids: int32 [S].
@@ -147,7 +160,7 @@ def _likeliest(x: Float[Array, "S V"]) -> _Likeliest:
     return _Likeliest(maxima, value, jnp.isfinite(value) & no_nan, (block * _BLOCK + index).astype(jnp.int32))
 
 
-def _in_blocks(x: Float[Array, "S V"]) -> Float[Array, "S B 64"]:
+def _in_blocks(x: Float[Array, "S V"]) -> Float[Array, "S B 128"]:
     """Cuts rows into blocks, the last filled up with -inf."""
     rows, vocab = x.shape
     if vocab % _BLOCK:
@@ -165,18 +178,25 @@ def _choose(x: Float[Array, "S V"], random: Bool[Array, " S"], inputs: StepInput
 
 def _draw(x: Float[Array, "S V"], likeliest: _Likeliest, active: Bool[Array, " S"], inputs: StepInputs) -> Int[Array, " S"]:
     """Temperature, min_p, top_k, top_p, and one draw; rows that are not active give any id."""
-    x = _in_blocks(x).reshape(x.shape[0], -1)
-    limb_bits = _limb_bits(x.shape[-1])
+    blocks, vocab = _in_blocks(x), x.shape[-1]
+    limb_bits = _limb_bits(vocab)
     temperature = jnp.where(active, inputs.temperature, 1.0)
-    weights = jnp.exp((x - likeliest.value[:, None]) / temperature[:, None])  # 1 for the most likely token
-    weights = jnp.where(weights >= inputs.min_p[:, None], weights, 0.0)
-    units = jnp.where(active[:, None], jnp.round(weights * float(4**limb_bits)), 0.0).astype(jnp.int32)
+    weights = jnp.exp((blocks - _each(likeliest.value)) / _each(temperature))  # 1 for the most likely token
+    weights = jnp.where(weights >= _each(inputs.min_p), weights, 0.0)
+    units = jnp.where(_each(active), jnp.round(weights * float(4**limb_bits)), 0.0).astype(jnp.int32)
 
-    top_k = jnp.where(active & (inputs.top_k < x.shape[-1]), jnp.maximum(inputs.top_k, 0), 0)
+    top_k = jnp.where(active & (inputs.top_k < vocab), jnp.maximum(inputs.top_k, 0), 0)
     top_p = jnp.where(active, inputs.top_p, 1.0)
     restricted = jnp.any((top_k > 0) | (top_p < 1.0))
-    units = lax.cond(restricted, lambda units: _restrict(x, units, likeliest.maxima, top_k, top_p, limb_bits), lambda units: units, units)
+    units = lax.cond(
+        restricted, lambda units: _restrict(blocks, units, likeliest.maxima, top_k, top_p, limb_bits), lambda units: units, units
+    )
     return _pick(units, _uniform_bits(inputs), limb_bits)
+
+
+def _each(row: Shaped[Array, " S"]) -> Shaped[Array, "S 1 1"]:
+    """One number for all tokens of a row."""
+    return row[:, None, None]
 
 
 def _uniform_bits(inputs: StepInputs) -> UInt[Array, " S"]:
@@ -190,28 +210,34 @@ def _uniform_bits(inputs: StepInputs) -> UInt[Array, " S"]:
 
 
 class _Tokens(NamedTuple):
-    """Tokens of each row among which a boundary is sought: their logits and weights."""
+    """Blocks of tokens of each row among which a boundary is sought: logits, weights, and the blocks' numbers."""
 
-    x: Float[Array, "S C"]
-    weights: Int[Array, "S C"]
+    x: Float[Array, "S B W"]
+    weights: Int[Array, "S B W"]
+    numbers: Int[Array, "#S B"]
 
-    def mass_of(self, mask: Bool[Array, "S C"], limb_bits: int) -> _Mass:
+    @property
+    def ids(self) -> Int[Array, "#S B W"]:
+        return self.numbers[:, :, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)
+
+    def mass_of(self, mask: Bool[Array, "S B W"], limb_bits: int) -> _Mass:
         """What the marked tokens weigh together."""
         return _mass(jnp.where(mask, self.weights, 0), limb_bits)
 
 
 def _restrict(
-    x: Float[Array, "S V"],
-    units: Int[Array, "S V"],
+    x: Float[Array, "S B W"],
+    units: Int[Array, "S B W"],
     maxima: Float[Array, "S B"],
     top_k: Int[Array, " S"],
     top_p: Float[Array, " S"],
     limb_bits: int,
-) -> Int[Array, "S V"]:
+) -> Int[Array, "S B W"]:
     """Sets the weights of the tokens that top_k (0 for all), then top_p (1 for all) leave out to zero.
 
     Both keep the fewest tokens that weigh enough together, top_k with a weight of 1 for each token.
     """
+    numbers = jnp.arange(x.shape[1], dtype=jnp.int32)[None]
 
     def restrict(stage: Array, units: Array) -> Array:
         by_count = stage == 0
@@ -224,61 +250,64 @@ def _restrict(
             most = total.minus(_fraction_of(-share, total, limb_bits), limb_bits)  # all but what may go: the share rounded up
             count = _carry(jnp.zeros_like(share), top_k.astype(jnp.uint32), limb_bits)
             target = _Mass(*(jnp.where(wanted, jnp.where(by_count, c, m), 0) for c, m in zip(count, most, strict=True)))
-            return jnp.where(_fewest(_Tokens(x, weights), maxima, target, limb_bits) | ~wanted[:, None], units, 0)
+            return jnp.where(_fewest(_Tokens(x, weights, numbers), maxima, target, limb_bits) | ~_each(wanted), units, 0)
 
         return lax.cond(jnp.any(wanted), keep, lambda: units)
 
     return lax.fori_loop(0, 2, restrict, units)
 
 
-def _fewest(tokens: _Tokens, maxima: Float[Array, "S B"], target: _Mass, limb_bits: int) -> Bool[Array, "S V"]:
+def _fewest(tokens: _Tokens, maxima: Float[Array, "S B"], target: _Mass, limb_bits: int) -> Bool[Array, "S B W"]:
     """Marks the fewest tokens that weigh the target, in the order of the logits downwards and of the ids upwards among equals.
 
     Looks first among the blocks with the largest maxima: every token beyond the least of these maxima is in them, so if these
     tokens weigh enough, the boundary is among them. Only if they do not for some row are all tokens searched.
     """
-    rows, vocab = tokens.x.shape
-    ids = jnp.arange(vocab, dtype=jnp.int32)[None]
     if maxima.shape[-1] <= _NEAR_BLOCKS:
-        value, last = _boundary(tokens, ids, target, limb_bits)
+        value, last = _boundary(tokens, target, limb_bits)
     else:
-        largest, blocks = lax.top_k(maxima, _NEAR_BLOCKS)
-        near_ids = (blocks[:, :, None] * _BLOCK + jnp.arange(_BLOCK, dtype=jnp.int32)).reshape(rows, -1)
-        near = _Tokens(*(_take_blocks(array, blocks) for array in tokens))
-        least = largest[:, -1]
-        inside = near.mass_of(near.x > least[:, None], limb_bits).at_least(target) | (least == -jnp.inf)
-        value, last = lax.cond(
-            jnp.all(inside),
-            lambda: _boundary(near, near_ids, target, limb_bits),
-            lambda: _boundary(tokens, ids, target, limb_bits),
-        )
-    return (tokens.x > value[:, None]) | ((tokens.x == value[:, None]) & (ids <= last[:, None]))
+        least, blocks = _leading(maxima, _NEAR_BLOCKS)
+        near = _Tokens(*(jnp.take_along_axis(array, blocks[:, :, None], axis=1) for array in tokens[:2]), blocks)
+        inside = near.mass_of(near.x > _each(least), limb_bits).at_least(target) | (least == -jnp.inf)
+        value, last = lax.cond(jnp.all(inside), lambda: _boundary(near, target, limb_bits), lambda: _boundary(tokens, target, limb_bits))
+    return (tokens.x > _each(value)) | ((tokens.x == _each(value)) & (tokens.ids <= _each(last)))
 
 
-def _take_blocks(array: Shaped[Array, "S V"], blocks: Int[Array, "S N"]) -> Shaped[Array, "S C"]:
-    rows = array.shape[0]
-    return jnp.take_along_axis(array.reshape(rows, -1, _BLOCK), blocks[:, :, None], axis=1).reshape(rows, -1)
+def _leading(maxima: Float[Array, "S B"], count: int) -> tuple[Float[Array, " S"], Int[Array, "S N"]]:
+    """Returns the least of each row's ``count`` largest maxima, and their indices upwards; among equals the lower come first.
+
+    ``lax.top_k`` gives as much, but sorts for it, and a TPU's compiler takes seconds for a sort.
+    """
+    least = _nth_float(_largest(32, maxima.shape[0], lambda n: _count(maxima >= _nth_float(n)[:, None]) >= count))
+    above, equal = jnp.cumsum(jnp.stack([maxima > least[:, None], maxima == least[:, None]]), axis=-1, dtype=jnp.int32)
+    upto = above + jnp.minimum(equal, count - above[:, -1:])  # how many are chosen up to here
+    return least, _count(upto[:, None] <= jnp.arange(count, dtype=jnp.int32)[:, None]).astype(jnp.int32)
 
 
-def _boundary(tokens: _Tokens, ids: Int[Array, "S C"], target: _Mass, limb_bits: int) -> tuple[Float[Array, " S"], Int[Array, " S"]]:
+def _boundary(tokens: _Tokens, target: _Mass, limb_bits: int) -> tuple[Float[Array, " S"], Int[Array, " S"]]:
     """Returns logit and id of the last of the fewest tokens that weigh the target.
 
     For rows with a target of 0 the logit is NaN, which no token equals or exceeds.
     """
     rows = tokens.x.shape[0]
 
-    def reaches(mask: Array) -> Array:
-        return tokens.mass_of(mask, limb_bits).at_least(target)
+    def search(stage: Array, found: tuple[Array, Array]) -> tuple[Array, Array]:
+        """First for the logit; then, if tokens tie for the last place in some row, for the id, by the code of the same loop."""
+        by_id, (value, last) = stage == 1, found
 
-    value = _nth_float(_largest(32, rows, lambda n: reaches(tokens.x >= _nth_float(n)[:, None])))
-    above, equal = tokens.x > value[:, None], tokens.x == value[:, None]
-    ties = (_count(equal) > 1) & (value > -jnp.inf)  # tokens of -inf weigh nothing in the end, kept or not
+        def with_number(n: Array) -> tuple[Array, Array]:
+            return jnp.where(by_id, value, _nth_float(n)), jnp.where(by_id, n, last)
 
-    def last_of_ties() -> Array:
-        short = _largest(31, rows, lambda n: ~reaches(above | (equal & (ids < n.astype(jnp.int32)[:, None]))))
-        return short.astype(jnp.int32)
+        def holds(n: Array) -> Array:
+            value, end = with_number(n)
+            mask = (tokens.x > _each(value)) | ((tokens.x == _each(value)) & (tokens.ids.astype(jnp.uint32) < _each(end)))
+            return tokens.mass_of(mask, limb_bits).at_least(target) ^ by_id  # ids are too few up to the last one
 
-    return value, lax.cond(jnp.any(ties), last_of_ties, lambda: jnp.full(rows, 2**31 - 1, jnp.int32))
+        ties = (_count(tokens.x == _each(value), (1, 2)) > 1) & (value > -jnp.inf)  # tokens of -inf weigh nothing in the end, kept or not
+        return lax.cond(~by_id | jnp.any(ties), lambda: with_number(_largest(32, rows, holds)), lambda: found)
+
+    value, last = lax.fori_loop(0, 2, search, (jnp.zeros(rows, jnp.float32), jnp.full(rows, 2**31 - 1, jnp.uint32)))
+    return value, last.astype(jnp.int32)
 
 
 def _largest(num_bits: int, rows: int, holds: Callable[[Array], Array]) -> UInt[Array, " S"]:
@@ -323,28 +352,22 @@ def _carry(high: UInt[Array, "*n"], low: UInt[Array, "*n"], limb_bits: int) -> _
     return _Mass(high + (low >> limb_bits), low & (2**limb_bits - 1))
 
 
-def _limbs(weights: Int[Array, "*n"], limb_bits: int) -> UInt[Array, "*m"]:
-    return jnp.stack([weights >> limb_bits, weights & (2**limb_bits - 1)])
+def _limbs(weights: Int[Array, "*n"], limb_bits: int) -> tuple[UInt[Array, "*n"], UInt[Array, "*n"]]:
+    return (weights >> limb_bits).astype(jnp.uint32), (weights & (2**limb_bits - 1)).astype(jnp.uint32)
 
 
-def _count(mask: Bool[Array, "*n C"]) -> Float[Array, "*n"]:
+def _count(mask: Bool[Array, "*n C"], axes: int | tuple[int, ...] = -1) -> Float[Array, "*n"]:
     """Counts below 2**24, exactly; floats because XLA vectorises their sums on a CPU and not those of integers."""
-    return jnp.sum(jnp.where(mask, 1.0, 0.0), axis=-1)
+    return jnp.sum(jnp.where(mask, 1.0, 0.0), axis=axes)
 
 
-def _block_sums(weights: Int[Array, "S C"], limb_bits: int) -> UInt[Array, "2 S N"]:
-    """Adds up the high and the low limbs of blocks of 64 to 512 weights.
-
-    Each sum is a float below 2**24, so it is exact in whatever order it is made. The limbs are cut as integers: in a sum of
-    floats XLA reassociates, and ``(a + b) - b`` is then ``a``.
-    """
-    rows, count = weights.shape
-    limbs = _limbs(weights.reshape(rows, -1, math.gcd(count, _SUM_BLOCK)), limb_bits)
-    return jnp.sum(limbs.astype(jnp.float32), axis=-1).astype(jnp.uint32)
+def _add_up(limbs: tuple[UInt[Array, "*n"], UInt[Array, "*n"]], axes: Sequence[int]) -> tuple[UInt[Array, "*m"], UInt[Array, "*m"]]:
+    """Adds up high and low limbs, both in one reduction: XLA vectorises it on a CPU, and not a sum of one array of integers."""
+    return lax.reduce(limbs, (jnp.uint32(0), jnp.uint32(0)), lambda a, b: (a[0] + b[0], a[1] + b[1]), axes)
 
 
-def _mass(weights: Int[Array, "S C"], limb_bits: int) -> _Mass:
-    return _carry(*jnp.sum(_block_sums(weights, limb_bits), axis=-1, dtype=jnp.uint32), limb_bits)
+def _mass(weights: Int[Array, "S B W"], limb_bits: int) -> _Mass:
+    return _carry(*_add_up(_limbs(weights, limb_bits), (1, 2)), limb_bits)
 
 
 def _multiply_high(a: UInt[Array, "*n"], b: UInt[Array, "*n"]) -> UInt[Array, "*n"]:
@@ -363,26 +386,24 @@ def _fraction_of(fraction: UInt[Array, "*n"], mass: _Mass, limb_bits: int) -> _M
     return _carry(_multiply_high(fraction, mass.high), low, limb_bits)
 
 
-def _pick(units: Int[Array, "S V"], bits: UInt[Array, " S"], limb_bits: int) -> Int[Array, " S"]:
+def _pick(units: Int[Array, "S B W"], bits: UInt[Array, " S"], limb_bits: int) -> Int[Array, " S"]:
     """The token at ``bits / 2**32`` of the way through the weights in order of ids, so one of zero weight never."""
-    rows, vocab = units.shape
-    sums = _block_sums(units, limb_bits)
-    total = _carry(*jnp.sum(sums, axis=-1, dtype=jnp.uint32), limb_bits)
+    sums = _add_up(_limbs(units, limb_bits), (2,))
+    total = _carry(*_add_up(sums, (1,)), limb_bits)
     block, goal = _find(sums, _fraction_of(bits, total, limb_bits), limb_bits)
-
-    width = math.gcd(vocab, _SUM_BLOCK)
-    chosen = jnp.take_along_axis(units.reshape(rows, -1, width), block[:, None, None], axis=1)[:, 0]
-    index, _ = _find(_limbs(chosen, limb_bits).astype(jnp.uint32), goal, limb_bits)
-    return block * width + index
+    chosen = jnp.take_along_axis(units, block[:, None, None], axis=1)[:, 0]
+    index, _ = _find(_limbs(chosen, limb_bits), goal, limb_bits)
+    return block * _BLOCK + index
 
 
-def _find(limbs: UInt[Array, "2 S N"], goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
+def _find(limbs: tuple[UInt[Array, "S N"], UInt[Array, "S N"]], goal: _Mass, limb_bits: int) -> tuple[Int[Array, " S"], _Mass]:
     """Returns the last index before which at most the goal lies, and the goal less what lies before it."""
-    _, rows, count = limbs.shape
+    rows, count = limbs[0].shape
     order = jnp.arange(count, dtype=jnp.uint32)
 
     def before(n: Array) -> _Mass:
-        return _carry(*jnp.sum(jnp.where(order < n[:, None], limbs, 0), axis=-1, dtype=jnp.uint32), limb_bits)
+        high, low = (jnp.where(order < n[:, None], limb, 0) for limb in limbs)
+        return _carry(*_add_up((high, low), (1,)), limb_bits)
 
     index = _largest(count.bit_length(), rows, lambda n: (n < count) & goal.at_least(before(n)))
     return index.astype(jnp.int32), goal.minus(before(index), limb_bits)
@@ -396,13 +417,45 @@ def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"]) -> 
     top = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
     own = jnp.take_along_axis(logits, jnp.maximum(token_ids, 0)[:, None], axis=-1)
-    ranks = 1 + jnp.sum(logits > own, axis=-1, dtype=jnp.int32)
+    ranks = 1 + _count(logits > own).astype(jnp.int32)
     width = min(TOP_LOGPROBS, logits.shape[-1])
-    best, ids = lax.top_k(logits, width)
+    ids = _best(logits, width)
+    best = jnp.take_along_axis(logits, ids, axis=-1)
     pad = ((0, 0), (0, TOP_LOGPROBS - width))
     best, ids = jnp.pad(best, pad, constant_values=-jnp.inf), jnp.pad(ids, pad, constant_values=-1)
     own = jnp.where(token_ids[:, None] >= 0, own, -jnp.inf)
-    return Logprobs(_never_nan(own - normaliser)[:, 0], ranks, ids.astype(jnp.int32), _never_nan(best - normaliser))
+    return Logprobs(_never_nan(own - normaliser)[:, 0], ranks, ids, _never_nan(best - normaliser))
+
+
+def _best(x: Float[Array, "R V"], count: int) -> Int[Array, "R {count}"]:
+    """Returns the ids of the largest logits, best first, the lower id first among equals, as ``lax.top_k`` without its sort would.
+
+    One after the other: the next is in the block with the largest maximum of what is left.
+    """
+    blocks, lanes = _in_blocks(x), jnp.arange(_BLOCK, dtype=jnp.int32)
+    numbers = jnp.arange(blocks.shape[1], dtype=jnp.int32)
+    rows = x.shape[0]
+
+    def following(last: tuple[Array, Array, Array], _: None) -> tuple[tuple[Array, Array, Array], Array]:
+        maxima, last_value, last_id = last
+        value, block = jnp.max(maxima, axis=-1), jnp.argmax(maxima, axis=-1).astype(jnp.int32)
+        order = _order(jnp.take_along_axis(blocks, block[:, None, None], axis=1)[:, 0])
+        ids = block[:, None] * _BLOCK + lanes
+        equal = order == value[:, None]
+        index = jnp.argmax(equal & ((value < last_value)[:, None] | (ids > last_id[:, None])), axis=-1).astype(jnp.int32)
+        left = (order < value[:, None]) | (equal & (lanes > index[:, None]))
+        most = jnp.max(jnp.where(left, order, _NONE_LEFT), axis=-1)
+        found = block * _BLOCK + index
+        return (jnp.where(numbers == block[:, None], most[:, None], maxima), value, found), found
+
+    start = (jnp.max(_order(blocks), axis=-1), jnp.full(rows, 2**31 - 1, jnp.int32), jnp.full(rows, -1, jnp.int32))
+    return lax.scan(following, start, length=count)[1].T
+
+
+def _order(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
+    """Numbers in the floats' order, NaN above all, -inf above ``_NONE_LEFT``."""
+    bits = lax.bitcast_convert_type(x, jnp.int32)
+    return jnp.where(bits < 0, bits ^ (2**31 - 1), bits)
 
 
 def sampled_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], inputs: StepInputs) -> Logprobs:

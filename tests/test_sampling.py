@@ -21,7 +21,7 @@ from jaxpaged.state import RowFlag, SamplingState, StepInputs, TokenFlag, init_s
 SAMPLES = int(RowFlag.SAMPLES)
 RANDOM = int(RowFlag.SAMPLES | RowFlag.RANDOM)
 VOCAB = 128
-LARGE_VOCAB = 8320  # more than 128 blocks of 64
+LARGE_VOCAB = 16640  # more than 128 blocks of 128
 
 jit_sample = jax.jit(sampling.sample)
 jit_logprobs = jax.jit(sampling.token_logprobs)
@@ -258,7 +258,7 @@ def test_masses_are_exact_at_their_largest(vocab: int) -> None:
     mass = jax.jit(sampling._mass, static_argnums=1)
     rng = np.random.default_rng(1)
     for units in (np.full((1, vocab), 4**limb_bits), rng.integers(0, 4**limb_bits + 1, (3, vocab))):
-        got = mass(units.astype(np.int32), limb_bits)
+        got = mass(units.astype(np.int32).reshape(len(units), -1, 64), limb_bits)
         exact = [sum(row.tolist()) for row in units]
         assert [(int(h) << limb_bits) + int(low) for h, low in zip(got.high, got.low, strict=True)] == exact
 
@@ -276,9 +276,9 @@ def test_searching_near_blocks_first_changes_nothing(scale: float, ties: bool) -
     rng = np.random.default_rng(7)
     logits = (rng.standard_normal((16, LARGE_VOCAB)) * scale).astype(np.float32)
     logits = np.round(logits) if ties else logits
-    rows = [Row(RANDOM, top_k=k, top_p=p, seed=i, slot=i) for i, (k, p) in enumerate(itertools.product([0, 3, 80, 8200], [0.6, 0.999]))]
+    rows = [Row(RANDOM, top_k=k, top_p=p, seed=i, slot=i) for i, (k, p) in enumerate(itertools.product([0, 3, 80, 16500], [0.6, 0.999]))]
     rows += [dataclasses.replace(row, slot=8 + i, seed=8 + i, temperature=0.5) for i, row in enumerate(rows)]
-    small = [dataclasses.replace(row, top_k=row.top_k % 8200 or 5) for row in rows]
+    small = [dataclasses.replace(row, top_k=row.top_k % 16500 or 5) for row in rows]
     for chosen in (rows, small):
         tokens, _ = run(logits, chosen)
         everywhere, _ = jit_sample_everywhere(logits, make_inputs(chosen, 64), new_state(LARGE_VOCAB))
@@ -322,10 +322,10 @@ def test_tokens_of_no_probability_are_never_drawn() -> None:
 
 
 def test_extreme_uniform_numbers_pick_the_first_and_the_last_token() -> None:
-    units = np.zeros((2, 128), np.int32)
-    units[:, [5, 90]] = 7
+    units = np.zeros((2, 3, 128), np.int32)
+    units[:, [0, 2], [5, 90]] = 7
     picked = sampling._pick(jnp.asarray(units), jnp.asarray([0, 2**32 - 1], jnp.uint32), 15)
-    assert picked.tolist() == [5, 90]
+    assert picked.tolist() == [5, 2 * 128 + 90]
 
 
 # -------------------------------------------------------------------------------------------------------- single operations
