@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jaxpaged.engine.host_pages import _CHUNK_BYTES, _MAX_CHUNKS, HostPages, _chunk_sizes, put_pages, staging_bytes, take_pages
+from jaxpaged.engine.host_pages import _CHUNK_BYTES, _MAX_CHUNKS, HostPages, _chunk_sizes, _joined, put_pages, staging_bytes, take_pages
 from jaxpaged.scheduling.plan import Transfer
 from jaxpaged.state import KVPages, PagePool
 
@@ -78,6 +78,14 @@ def test_a_plans_moves_take_effect_in_order():
     expected = np.arange(PAGES)
     expected[[7, 9, 10, 5]] = 5, 5, 8, 8
     assert_pages(pool, {"bits": before, "pages": expected})
+
+
+def test_neighbours_are_joined_unless_they_write_to_the_same():
+    joined = list(
+        _joined([out([1], [4]), out([1, 2], [5, 6]), out([3], [5]), back([7], [4]), back([8], [4]), back([8], [5]), out([9], [9])])
+    )
+    assert joined == [out([1, 1, 2], [4, 5, 6]), out([3], [5]), back([7, 8], [4, 4]), back([8], [5]), out([9], [9])]
+    assert list(_joined([])) == []
 
 
 def test_random_moves_agree_with_a_model():
