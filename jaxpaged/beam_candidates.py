@@ -63,7 +63,7 @@ def _find(ids: Int[Array, "S 20"], logprobs: Float[Array, "S 20"], inputs: StepI
     pool_scores = jnp.where(same[:, :, None], scores.at[others].get(mode="clip"), -jnp.inf)
 
     # The first among equals is the lower place: the lower parent, and of one parent the lower id.
-    best, places = lax.top_k(pool_scores.reshape(rows, -1), TOP_LOGPROBS)
+    best, places = _first(pool_scores.reshape(rows, -1))
     found = jnp.take_along_axis(pool_ids.reshape(rows, -1), places, axis=1)
     first = (beams & (inputs.beam_index == 0))[:, None]
     valid = first & (best > -jnp.inf)
@@ -86,3 +86,12 @@ def _by_score_and_id(ids: Int[Array, "S 20"], scores: Float[Array, "S 20"]) -> t
     ranks = jnp.sum(ahead | (equal & earlier), axis=-1)  # [S, 20]
     chosen = ranks[:, None, :] == jnp.arange(TOP_LOGPROBS)[:, None]  # [S, place, candidate]
     return jnp.sum(jnp.where(chosen, ids[:, None, :], 0), axis=-1), jnp.max(jnp.where(chosen, scores[:, None, :], -jnp.inf), axis=-1)
+
+
+def _first(scores: Float[Array, "S 200"]) -> tuple[Float[Array, "S 20"], Int[Array, "S 20"]]:
+    """Returns the best scores and their places, the lower place first among equals: ``lax.top_k``, by counting, for the same reason."""
+    places = jnp.arange(scores.shape[1], dtype=jnp.int32)
+    mine, other = scores[:, :, None], scores[:, None, :]
+    ranks = jnp.sum((other > mine) | ((other == mine) & (places < places[:, None])), axis=-1)  # [S, 200]
+    chosen = ranks[:, None, :] == jnp.arange(TOP_LOGPROBS)[:, None]  # [S, rank, place]
+    return jnp.max(jnp.where(chosen, scores[:, None, :], -jnp.inf), axis=-1), jnp.sum(jnp.where(chosen, places, 0), axis=-1)
