@@ -66,13 +66,15 @@ def test_beams_are_those_of_transformers(tmp_path):
     llm.close()
 
 
-def test_beams_do_not_depend_on_preemption_and_the_prefix_cache(tmp_path):
+@pytest.mark.parametrize("mode", ["recompute", "swap"])
+def test_beams_do_not_depend_on_preemption_and_the_prefix_cache(tmp_path, mode):
     """A pool that holds a part of the demand; then once more, with prompts in the cache."""
     name = "qwen3_window_bias"
-    llm = load(tmp_path, name, num_pages=65, max_num_seqs=32)
+    llm = load(tmp_path, name, num_pages=65, max_num_seqs=32, preemption_mode=mode, swap_space=0.01)
     llm._engine.scheduler.headroom = 0
     search_all(llm, name, GOLDENS[name], num_long=6)
     assert llm.get_metrics().preemptions > 0
+    assert (llm.get_metrics().swaps > 0) == (mode == "swap")
     hits = llm.get_metrics().prefix_cache_hits
     search_all(llm, name, GOLDENS[name])
     assert llm.get_metrics().prefix_cache_hits > hits
