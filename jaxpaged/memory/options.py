@@ -33,6 +33,7 @@ class MemoryConfig:
     beam_entropy: float = option(1.0, "mean entropy, in nats, of the made-up next tokens that beams choose from", low=0.01, high=10.0)
     beam_likeness: float = option(0.9, "probability that beams have the same next tokens in a step", low=0.0, high=1.0)
     enable_prefix_caching: bool = option(True, "reuse the pages of a prompt's beginning that was computed before")
+    swap_space: float = option(0.0, "GiB of host memory that evicted pages of the prefix cache go to", low=0.0)
     contiguous: Literal["first-fit", "buddy"] = option("first-fit", "how the baselines find a free run of memory")
     reserved: int | None = option(None, "worked example, with used: tokens that a contiguous system reserves", low=1)
     used: int | None = option(None, "worked example, with reserved: tokens that one request really holds", low=1)

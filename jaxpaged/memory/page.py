@@ -8,7 +8,7 @@ from pathlib import Path
 
 from jaxpaged.memory.charts import Line, Part, column_chart, legend, line_chart, stacked_bars
 from jaxpaged.memory.ledger import Figures
-from jaxpaged.memory.report import name_of, percent, size
+from jaxpaged.memory.report import has_hits, name_of, percent, prefix_line, ratio, size
 from jaxpaged.memory.study import Report, Row
 
 _COLORS = {"paged": "ours", "max": "max", "pow2": "pow2", "oracle": "oracle"}
@@ -53,6 +53,8 @@ def to_html(report: Report, command: str = "") -> str:
         sections.append(_page_sizes(report.page_sizes))
     if len(report.sharing) > 1:
         sections.append(_sharing(report.sharing))
+    if has_hits(report):
+        sections.append(_section("Prefix cache", prefix_line(report).partition(": ")[2] + ".", ""))
     sections += [_lengths(report), _numbers(report), _terms()]
     style = _STYLE.read_text(encoding="utf-8")
     title = f"KV memory: {report.model.name}, {report.workload.name}"
@@ -82,9 +84,10 @@ def _tiles(report: Report) -> str:
     figures = _figures(ours)
     tiles = [(percent(figures.used), "of what paging allocates holds tokens")]
     for row in report.comparison[1:]:
-        if row.figures is not None and row.system in ("max", "oracle"):
+        times = ratio(ours, row)
+        if times is not None and row.system in ("max", "oracle"):
             than = {"max": "reserving the longest context", "oracle": "knowing every length and reserving just that"}[row.system]
-            tiles.append((f"{figures.mean_requests / row.figures.mean_requests:.1f} ×", f"as many requests at once as {than}"))
+            tiles.append((f"{times:.1f} ×", f"as many requests at once as {than}"))
     shared = max(report.sharing, key=lambda row: _figures(row).saved)
     hits = ours.hit_tokens / report.workload.prompt_tokens
     if shared.num_sequences > 1:
@@ -112,16 +115,14 @@ def _division(report: Report) -> str:
 
 
 def _concurrency(report: Report) -> str:
-    rows = [row for row in report.comparison if row.history]
-    lines = [Line(name_of(row), _COLORS[row.system], [(step, requests) for step, requests, _ in row.history]) for row in rows]
+    lines, cut = _over_steps(report, 1)
     chart = line_chart(lines, title="Requests at once over the steps", x_label="step", y_label="requests at once", show_y=_count)
-    said = "The same requests in the same memory. More at once means fewer steps until the last one is answered."
+    said = f"The same requests in the same memory. More at once means fewer steps until the last one is answered.{cut}"
     return _section("Requests at once", said, legend([(line.name, line.color) for line in lines]) + chart)
 
 
 def _occupancy(report: Report) -> str:
-    rows = [row for row in report.comparison if row.history]
-    lines = [Line(name_of(row), _COLORS[row.system], [(step, tokens) for step, _, tokens in row.history]) for row in rows]
+    lines, cut = _over_steps(report, 2)
     chart = line_chart(
         lines,
         title="Share of the memory that holds tokens",
@@ -129,9 +130,20 @@ def _occupancy(report: Report) -> str:
         y_label="share with tokens",
         show_y=lambda y: f"{100 * y:.0f} %",
     )
-    return _section(
-        "Memory that holds tokens", "Share of all of the memory, over the steps.", legend([(n.name, n.color) for n in lines]) + chart
-    )
+    said = f"Share of all of the memory, over the steps.{cut}"
+    return _section("Memory that holds tokens", said, legend([(line.name, line.color) for line in lines]) + chart)
+
+
+def _over_steps(report: Report, column: int) -> tuple[list[Line], str]:
+    """Returns a line for each system, and what to say of those that go on far beyond the others and are cut."""
+    rows = [row for row in report.comparison if row.history]
+    ends = sorted(row.history[-1][0] for row in rows)
+    limit = 1.4 * ends[-2] if len(ends) > 1 else ends[0]
+    lines = [
+        Line(name_of(row), _COLORS[row.system], [(point[0], point[column]) for point in row.history if point[0] <= limit]) for row in rows
+    ]
+    far = [f" {name_of(row).capitalize()} goes on until step {_figures(row).steps:,}." for row in rows if row.history[-1][0] > limit]
+    return lines, "".join(far)
 
 
 def _page_sizes(rows: Sequence[Row]) -> str:

@@ -27,6 +27,7 @@ class PagedSetting:
         beams: Whether each request is a beam search.
         entropy, likeness: See ``stand_in``.
         async_depth: Steps dispatched before the tokens of the first are read, 0 or 1.
+        num_host_pages: Places in host memory for evicted pages.
         sliding_window: Tokens that a token sees if every layer has a window, else None.
     """
 
@@ -42,6 +43,7 @@ class PagedSetting:
     seed: int = 0
     async_depth: int = 1
     prefix_caching: bool = True
+    num_host_pages: int = 0
     sliding_window: int | None = None
 
 
@@ -74,6 +76,7 @@ class PagedSystem:
             token_buckets=token_buckets(setting.max_num_batched_tokens, setting.max_num_seqs),
             max_waiting=setting.num_sequences * len(workload.calls),
             enable_prefix_caching=setting.prefix_caching,
+            num_host_pages=setting.num_host_pages,
             sliding_window=setting.sliding_window,
             clock=lambda: 0.0,
         )

@@ -39,7 +39,7 @@ def to_text(report: Report) -> str:
         parts.append(_page_sizes(report.page_sizes))
     if len(report.sharing) > 1 or report.sharing[0].num_sequences > 1:
         parts.append(_sharing(report.sharing))
-    if report.prefix_caching and report.workload.repeated > 0.01 * report.workload.prompt_tokens:
+    if has_hits(report):
         parts.append(prefix_line(report))
     return "\n\n".join(parts) + "\n"
 
@@ -53,11 +53,17 @@ def worked_text(example: WorkedExample) -> str:
     )
 
 
+def has_hits(report: Report) -> bool:
+    """Whether there is something for the prefix cache to find."""
+    return report.prefix_caching and report.workload.repeated > 0.01 * report.workload.prompt_tokens
+
+
 def prefix_line(report: Report) -> str:
     """Says what the prefix cache found, in a sentence."""
     workload, hits = report.workload, report.comparison[0].hit_tokens
+    host = f" with {report.swap_space:g} GiB of host memory" if report.swap_space else ""
     return (
-        f"prefix cache: {hits:,} of {workload.prompt_tokens:,} prompt tokens found ({percent(hits / workload.prompt_tokens)}); "
+        f"prefix cache{host}: {hits:,} of {workload.prompt_tokens:,} prompt tokens found ({percent(hits / workload.prompt_tokens)}); "
         f"{workload.repeated:,} repeat an earlier text ({percent(workload.repeated / workload.prompt_tokens)})"
     )
 
@@ -81,11 +87,11 @@ def name_of(row: Row) -> str:
     return NAMES.get(row.system, f"paged, {row.page_size} tokens a page")
 
 
-def ratio(ours: Row, other: Row) -> str:
-    """Shows how many times the other's mean concurrency ours is."""
-    if ours.figures is None or other.figures is None:
-        return "-"
-    return f"{ours.figures.mean_requests / other.figures.mean_requests:.2f}"
+def ratio(ours: Row, other: Row) -> float | None:
+    """Returns how many times the other's concurrency ours is, where requests waited for memory in both."""
+    if ours.figures is None or other.figures is None or not (ours.figures.waiting_steps and other.figures.waiting_steps):
+        return None
+    return ours.figures.mean_requests / other.figures.mean_requests
 
 
 def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
@@ -98,6 +104,10 @@ def table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
         )
         for line in lines
     )
+
+
+def _times(factor: float | None) -> str:
+    return "-" if factor is None else f"{factor:.2f} x"
 
 
 def _head(report: Report) -> str:
@@ -133,7 +143,7 @@ def _comparison(report: Report) -> str:
                 *(percent(share) for share in (figures.tokens, figures.to_come, figures.never, figures.external)),
                 f"{figures.mean_requests:.1f}",
                 str(figures.peak_requests),
-                "" if row is ours else f"{ratio(ours, row)} x",
+                "" if row is ours else _times(ratio(ours, row)),
                 f"{figures.steps:,}",
             )
         )

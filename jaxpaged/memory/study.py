@@ -87,6 +87,7 @@ class Report:
         memory_bytes: For keys and values.
         num_cells: Tokens that fit into them.
         max_model_len: Longest request that any of the systems takes, in tokens.
+        swap_space: GiB of host memory behind the prefix cache.
         comparison: Ours, then the contiguous systems.
         page_sizes: Ours with each page size, the first again first; one if there is one.
         sharing: Ours with each number of samples or beam width.
@@ -107,6 +108,7 @@ class Report:
     beam_entropy: float
     beam_likeness: float
     prefix_caching: bool
+    swap_space: float
     comparison: tuple[Row, ...]
     page_sizes: tuple[Row, ...]
     sharing: tuple[Row, ...]
@@ -184,6 +186,7 @@ class Study:
             beam_entropy=config.beam_entropy,
             beam_likeness=config.beam_likeness,
             prefix_caching=config.enable_prefix_caching,
+            swap_space=config.swap_space,
             comparison=(ours, *baselines),
             page_sizes=tuple(page_sizes),
             sharing=tuple(sharing),
@@ -233,6 +236,7 @@ class Study:
             seed=config.seed,
             async_depth=config.async_depth,
             prefix_caching=config.enable_prefix_caching,
+            num_host_pages=int(config.swap_space * 2**30) // (page_size * self.token_bytes),
             sliding_window=self.shape.window,
         )
         system = PagedSystem(self.workload, setting)

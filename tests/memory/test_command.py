@@ -44,6 +44,7 @@ def test_json_has_the_documented_names(capsys):
         "beam_entropy",
         "beam_likeness",
         "prefix_caching",
+        "swap_space",
         "comparison",
         "page_sizes",
         "sharing",

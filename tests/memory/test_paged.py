@@ -85,6 +85,16 @@ def test_hits_are_counted():
     assert system.hit_tokens == 0
 
 
+def test_host_memory_keeps_what_the_pool_must_forget():
+    workload = load_workload("multi-turn", num_requests=60, seed=3, max_model_len=64)
+    found = []
+    for num_host_pages in (0, 500):
+        system = PagedSystem(workload, setting(num_host_pages=num_host_pages, num_pages=40))
+        system.replay()
+        found.append(system.hit_tokens)
+    assert 0 < found[0] < found[1] <= workload.repeated_tokens()
+
+
 def test_a_request_waits_for_memory_only_where_memory_is_what_lacks():
     calls = (Call((1,) * 8, (5,) * 7 + (0,)),) * 2
     small = PagedSystem(Workload("two", calls), setting(num_pages=5)).replay()
@@ -170,3 +180,20 @@ def test_sharing_grows_with_the_width_and_shrinks_with_likeness():
     assert saved(1, 0.0) == 0
     assert saved(2, 0.0) < saved(4, 0.0) < 0.75
     assert saved(4, 1.0) < saved(4, 0.0)
+
+
+def test_eight_samples_of_a_long_prompt_hold_its_pages_once():
+    """The bound of issue 4: its prompt's pages, eight times its answers' pages, and a page more for each sample."""
+    prompt, output, page_size = 512, 64, 16
+    workload = Workload("one", (Call(tuple(range(1, prompt + 1)), (5,) * (output - 1) + (0,)),))
+    values = {"num_pages": 400, "page_size": page_size, "max_model_len": 640, "max_num_seqs": 8, "max_num_batched_tokens": 2048}
+    steps = PagedSystem(workload, PagedSetting(**values, num_sequences=8)).replay()
+    peak = max(step.allocated for step in steps) // page_size
+    assert peak <= prompt // page_size + 8 * (output // page_size) + 8
+
+
+def test_four_beams_save_as_much_as_the_paper_says_at_least():
+    workload = load_workload("alpaca", num_requests=40, seed=0, max_model_len=2048)
+    values = {"num_pages": 983, "page_size": 16, "max_model_len": 2048, "max_num_seqs": 256, "max_num_batched_tokens": 2048}
+    steps = PagedSystem(workload, PagedSetting(**values, num_sequences=4, beams=True)).replay()
+    assert 1 - sum(step.allocated for step in steps) / sum(step.unshared for step in steps) >= 0.37
