@@ -89,9 +89,21 @@ def _by_score_and_id(ids: Int[Array, "S 20"], scores: Float[Array, "S 20"]) -> t
 
 
 def _first(scores: Float[Array, "S 200"]) -> tuple[Float[Array, "S 20"], Int[Array, "S 20"]]:
-    """Returns the best scores and their places, the lower place first among equals: ``lax.top_k``, by counting, for the same reason."""
+    """Returns the best scores and their places, the lower place first among equals; any place where only -inf is left.
+
+    What ``lax.top_k`` does, one after the other: a sort takes a TPU's compiler two seconds, and comparing all with all takes a CPU 12 ms
+    for 64 rows.
+    """
     places = jnp.arange(scores.shape[1], dtype=jnp.int32)
-    mine, other = scores[:, :, None], scores[:, None, :]
-    ranks = jnp.sum((other > mine) | ((other == mine) & (places < places[:, None])), axis=-1)  # [S, 200]
-    chosen = ranks[:, None, :] == jnp.arange(TOP_LOGPROBS)[:, None]  # [S, rank, place]
-    return jnp.max(jnp.where(chosen, scores[:, None, :], -jnp.inf), axis=-1), jnp.sum(jnp.where(chosen, places, 0), axis=-1)
+
+    def pick(i: Array, state: tuple[Array, Array, Array]) -> tuple[Array, Array, Array]:
+        left, best, chosen = state
+        value = jnp.max(left, axis=1, keepdims=True)
+        place = jnp.min(jnp.where(left == value, places, scores.shape[1]), axis=1, keepdims=True)
+        best = lax.dynamic_update_slice_in_dim(best, value, i, axis=1)
+        chosen = lax.dynamic_update_slice_in_dim(chosen, place, i, axis=1)
+        return jnp.where(places == place, -jnp.inf, left), best, chosen
+
+    empty = scores[:, :TOP_LOGPROBS]
+    _, best, chosen = lax.fori_loop(0, TOP_LOGPROBS, pick, (scores, empty, jnp.zeros(empty.shape, jnp.int32)))
+    return best, chosen
