@@ -13,10 +13,12 @@ import jax.numpy as jnp
 from compile_targets.table import GIB, KERNEL_POOL_BYTES, MAX_NUM_SEQS, MIB, Row
 from compile_targets.targets import TARGETS, Target
 from jaxpaged.attention import make_pool, page_bytes
+from jaxpaged.beam_candidates import beam_candidates
 from jaxpaged.config import ModelConfig
 from jaxpaged.engine.host_pages import put_pages, take_pages
 from jaxpaged.engine.runner import jit_flat_step
 from jaxpaged.models.model import Model
+from jaxpaged.sampling import sample, sampled_logprobs
 from jaxpaged.scheduling.buckets import slot_bucket
 from jaxpaged.state import KVPages, PagePool, StepInputs, init_sampling_state
 from pallas_kernels.kv_write import write_kv_pages, write_quantized_kv_pages
@@ -78,6 +80,7 @@ def make_program(row: Row, device: Any) -> Program:
         "take_pages": _take_pages,
         "put_pages": _put_pages,
         "merge_attention_states": _merge_attention_states,
+        "sample": _sample,
         "step": _step,
     }
     program = builders[row.program](row, TARGETS[row.target])
@@ -209,6 +212,22 @@ def _merge_attention_states(row: Row, target: Target) -> Program:
     lse = jax.ShapeDtypeStruct(shapes.q.shape[:2], jnp.float32)
     arguments = (shapes.q, lse, shapes.q, lse)
     return Program(jax.jit(merge_attention_states), arguments, math.prod(shapes.pages.shape), 0, 4 * math.prod(shapes.q.shape) * 4, None)
+
+
+def _sample(row: Row, target: Target) -> Program:
+    """Logits to tokens, log-probabilities and beams, without a model."""
+    rows, vocab = row.step_tokens, row.step_model.vocab_size
+
+    def sample_step(state: Any, logits: Any, inputs: Any) -> Any:
+        tokens, state = sample(logits, inputs, state)
+        logprobs = sampled_logprobs(logits, tokens, inputs)
+        return state, tokens, logprobs, beam_candidates(logprobs.top_ids, logprobs.top_logprobs, inputs)
+
+    state = jax.eval_shape(lambda: init_sampling_state(MAX_NUM_SEQS, vocab))
+    inputs = StepInputs.zeros(rows, rows, 1, max_num_seqs=MAX_NUM_SEQS)
+    arguments = (state, jax.ShapeDtypeStruct((rows, vocab), jnp.float32), inputs)
+    no_pages = 2 * MAX_NUM_SEQS * vocab  # copies of logits are meant to be made
+    return Program(jax.jit(sample_step, donate_argnums=0), arguments, no_pages, num_bytes(state), _STEP_RESERVE_BYTES, None)
 
 
 def _step(row: Row, target: Target) -> Program:

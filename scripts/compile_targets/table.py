@@ -116,7 +116,7 @@ class Row:
 
     Attributes:
         target: Name of a chip.
-        program: ``attention``, ``update``, ``write_kv_pages``, ``copy_pages``, ``take_pages``, ``put_pages``,
+        program: ``sample``, ``attention``, ``update``, ``write_kv_pages``, ``copy_pages``, ``take_pages``, ``put_pages``,
             ``merge_attention_states`` or ``step``.
         implementation: Of the program; of paged attention, for a step.
         model: Name of the model whose shape it is.
@@ -151,7 +151,7 @@ class Row:
 
     @property
     def step_tokens(self) -> int:
-        """The step's token bucket."""
+        """The step's token bucket; the rows that are sampled."""
         return int(self.call)
 
 
@@ -189,9 +189,15 @@ def _step_rows(target: Target) -> Iterator[Row]:
             yield Row(target.name, "step", target.kernel, model.name, str(bucket))
 
 
+def _sample_rows(target: Target) -> Iterator[Row]:
+    """What every step's program holds once, whatever its bucket: a look at what it adds to the time of each."""
+    yield Row(target.name, "sample", "xla", STEP_MODELS[1].name, str(MAX_NUM_SEQS), "–")
+
+
 def rows() -> tuple[Row, ...]:
     """Returns every row, target by target."""
-    return tuple(row for target in TARGETS.values() for part in (_attention_rows, _other_rows, _step_rows) for row in part(target))
+    parts = (_attention_rows, _other_rows, _sample_rows, _step_rows)
+    return tuple(row for target in TARGETS.values() for part in parts for row in part(target))
 
 
 _ALL_BUCKETS_IN_TESTS = ("H200",)
