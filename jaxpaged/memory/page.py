@@ -76,6 +76,8 @@ def _head(report: Report) -> str:
         f"{workload.mean_prompt:.0f} tokens in and {workload.mean_output:.0f} out, from {size(report.memory_bytes)} of K/V memory: "
         f"{report.num_cells:,} tokens."
     )
+    if workload.dropped:
+        text += f" {workload.dropped} more requests, longer than {report.max_model_len:,} tokens, were left out."
     return f'<h1>How much of the KV memory holds tokens</h1>\n<p class="lead">{html.escape(text)}</p>'
 
 

@@ -11,6 +11,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 
 from jaxpaged.cli import main
+from jaxpaged.memory.charts import Line, line_chart, nice_ticks
 
 SMALL = ["memory", "--num-requests", "40", "--num-pages", "129", "--max-model-len", "256"]
 
@@ -102,9 +103,48 @@ def test_the_page_escapes_names(tmp_path, capsys):
     ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
 
 
+def test_a_system_that_takes_far_longer_is_cut_from_the_plots_and_named(tmp_path, capsys):
+    arguments = ["memory", "--num-requests", "60", "--workload", "alpaca", "--memory", "0.003", "--max-num-seqs", "64"]
+    assert main([*arguments, "--html", str(tmp_path / "r.html"), "--json", "-"]) == 0
+    steps = {row["system"]: row["figures"]["steps"] for row in json.loads(capsys.readouterr().out)["comparison"]}
+    assert steps["max"] > 2 * steps["pow2"]
+    text = (tmp_path / "r.html").read_text(encoding="utf-8")
+    assert f"Contiguous, longest context goes on until step {steps['max']:,}." in text
+    root = ElementTree.fromstring(text.removeprefix("<!DOCTYPE html>\n"))
+    plot = next(svg for svg in root.iter("{http://www.w3.org/2000/svg}svg") if svg.get("aria-label") == "Requests at once over the steps")
+    points = [point for line in plot.iter("{http://www.w3.org/2000/svg}polyline") for point in line.get("points").split()]
+    widths = [float(point.split(",")[0]) for point in points]
+    assert max(widths) <= 880, "nothing is drawn outside of the plot"
+
+
+def test_nothing_is_divided_where_nobody_waits(capsys):
+    assert main(["memory", "--num-requests", "3", "--num-pages", "2000", "--json", "-"]) == 0
+    for row in json.loads(capsys.readouterr().out)["comparison"]:
+        assert row["figures"]["waiting_steps"] == 0
+        assert row["figures"]["external"] is None
+    assert main(["memory", "--num-requests", "3", "--num-pages", "2000"]) == 0
+    assert " x" not in capsys.readouterr().out
+
+
+def test_plots_escape_what_they_say():
+    plot = line_chart([Line("a<b", "ours", [(0, 1), (1, 2)])], title="<t>", x_label="<x>", y_label="&", show_y=str)
+    assert ElementTree.fromstring(plot).get("aria-label") == "<t>"
+
+
+@pytest.mark.parametrize(
+    ("most", "ticks"),
+    [(0, [0, 1]), (1, [0, 0.2, 0.4, 0.6, 0.8, 1]), (0.23, [0, 0.05, 0.1, 0.15, 0.2, 0.25]), (89, [0, 20, 40, 60, 80, 100])],
+)
+def test_ticks_are_round_and_reach_the_top(most, ticks):
+    assert nice_ticks(most) == pytest.approx(ticks)
+
+
 def test_a_system_that_cannot_hold_a_request_says_so(tmp_path, capsys):
-    assert main([*SMALL, "--num-pages", "40", "--n", "1,4", "--workload", "alpaca"]) == 0
-    assert "paged" in capsys.readouterr().out
+    """Pages are shared out evenly, but a buddy allocator has no runs that long."""
+    arguments = ["--num-pages", "40", "--n", "4", "--workload", "alpaca", "--contiguous", "buddy", "--html", str(tmp_path / "r.html")]
+    assert main([*SMALL, *arguments]) == 0
+    assert "4 x 144 tokens do not fit" in capsys.readouterr().out
+    assert "4 x 144 tokens do not fit" in (tmp_path / "r.html").read_text(encoding="utf-8")
 
 
 def test_worked_examples_are_printed(capsys):
