@@ -381,12 +381,19 @@ class Scheduler:
         """Plans what the sequences of a running request can compute, but for ``owed`` tokens of the budget."""
         if group.suspect and draft.suspect not in (None, group):
             return
-        self._fork(group)
+        for sequence in group.sequences:
+            self.memory.leave_window(sequence)
+        source = next((sequence for sequence in group.sequences if sequence.page_ids), None)
+        may_fork = source is not None and source.num_computed >= source.num_prompt  # by steps before this one
+        if group.beams is not None and may_fork:
+            for sequence in group.active:
+                self._fork(sequence, source)
         if not self._in_step(group):
-            starting = not any(sequence.page_ids for sequence in group.sequences)
             for after, sequence in zip(range(len(group.sequences) - 1, -1, -1), group.sequences, strict=True):
-                if sequence.page_ids or (starting and not sequence.idle):
-                    starting = False  # the others fork once this one has computed the prompt
+                if may_fork and not sequence.idle:
+                    self._fork(sequence, source)
+                if sequence.page_ids or (source is None and not sequence.idle):
+                    source = source or sequence  # the others fork once this one has computed the prompt
                     self._continue(draft, sequence, min(draft.budget, max(1, draft.budget - owed - after)))
         if self._in_step(group):
             beams = group.active
@@ -396,15 +403,10 @@ class Scheduler:
                 for sequence in beams:
                     self._plan(draft, sequence, 1)
 
-    def _fork(self, group: Group) -> None:
-        """Gives the sequences of a request that have no pages those of one that has computed the prompt, in steps before this one."""
-        for sequence in group.sequences:
-            self.memory.leave_window(sequence)
-        source = next((sequence for sequence in group.sequences if sequence.page_ids), None)
-        if source is not None and source.num_computed >= source.num_prompt:
-            for sequence in group.active:
-                if not sequence.page_ids:
-                    self.memory.fork(sequence, source)
+    def _fork(self, sequence: Sequence, source: Sequence | None) -> None:
+        """Gives a sequence that has no pages those of one of its request that has computed the prompt."""
+        if source is not None and not sequence.page_ids:
+            self.memory.fork(sequence, source)
 
     def _continue(self, draft: _Draft, sequence: Sequence, budget: int) -> None:
         """Plans the next tokens of a running sequence, from the longest cached beginning on if it has no pages yet."""
