@@ -84,7 +84,7 @@ def size(num_bytes: float) -> str:
 
 def name_of(row: Row) -> str:
     """Returns what a reader calls a row's system."""
-    return NAMES.get(row.system, f"paged, {row.page_size} tokens a page")
+    return NAMES.get(row.system, f"paged, {row.page_size} token{'' if row.page_size == 1 else 's'} a page")
 
 
 def ratio(ours: Row, other: Row) -> float | None:
