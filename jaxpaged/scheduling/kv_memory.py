@@ -149,10 +149,15 @@ class KVMemory:
         for sequence, end in ends:
             missing += max(0, self.num_pages(end) - len(sequence.page_ids))
             page_id = self._next_written(sequence)
-            if page_id is not None and not self._is_writable(page_id, copied[page_id]):
+            if page_id is not None and not self.pages.is_exclusive(page_id, copied[page_id]):
                 missing += 1
                 copied[page_id] += not self.pages.is_kept(page_id) and self.pages.is_complete(sequence.last_step)
         return missing
+
+    def has_room(self, sequence: Sequence, end: int) -> bool:
+        """Whether a sequence needs no page to compute its tokens up to ``end``: a shortfall of 0, found quickly."""
+        page_ids, at = sequence.page_ids, sequence.num_computed // self.page_size
+        return end <= len(page_ids) * self.page_size and at < len(page_ids) and self.pages.is_exclusive(page_ids[at])
 
     # -------------------------------------------------------------------------------------------------------------- to pages
 
@@ -193,7 +198,7 @@ class KVMemory:
             OutOfPages: ``shortfall`` pages are not free.
         """
         page_id = self._next_written(sequence)
-        if page_id is not None and not self._is_writable(page_id):
+        if page_id is not None and not self.pages.is_exclusive(page_id):
             at = sequence.num_computed // self.page_size
             (sequence.page_ids[at],) = self.pages.take(1)
             sequence.num_listed = min(sequence.num_listed, at)
@@ -392,10 +397,6 @@ class KVMemory:
     def _is_read(self, page_id: int) -> bool:
         """Whether a page has readers, so that sharing it takes no free page."""
         return self.pages.reference_count(page_id) > 0
-
-    def _is_writable(self, page_id: int, fewer: int = 0) -> bool:
-        """Whether a reader may write to a page, if ``fewer`` of the others were gone."""
-        return self.pages.reference_count(page_id) - fewer == 1 and not self.pages.is_kept(page_id)
 
     def _next_written(self, sequence: Sequence) -> int | None:
         """Returns the page of the sequence's own that its next token is written to; None if that page is not taken yet."""

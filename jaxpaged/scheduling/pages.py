@@ -96,6 +96,10 @@ class PageAllocator:
         """Readers of a page, those included that leave when a step is complete."""
         return self._readers[page_id] + self._leaving[page_id]
 
+    def is_exclusive(self, page_id: int, fewer: int = 0) -> bool:
+        """Whether a page has one reader, if ``fewer`` of them were gone, and is not kept: only then may the reader write to it."""
+        return self._readers[page_id] + self._leaving[page_id] - fewer == 1 and page_id not in self._kept
+
     def take(self, count: int) -> list[int]:
         """Takes ``count`` free pages for one reader: all or nothing. Evicts cached pages only where no others are left.
 

@@ -149,7 +149,7 @@ class Group:
     @property
     def suspect(self) -> bool:
         """Whether one of its sequences was in a step that failed and has got no token since."""
-        return any(sequence.suspect for sequence in self.sequences)
+        return True in [sequence.suspect for sequence in self.sequences]  # asked for each request in each step
 
     @property
     def active(self) -> list[Sequence]:

@@ -379,10 +379,21 @@ class Scheduler:
 
     def _advance(self, draft: _Draft, group: Group, owed: int) -> None:
         """Plans what the sequences of a running request can compute, but for ``owed`` tokens of the budget."""
-        if group.suspect and draft.suspect not in (None, group):
+        suspect, before = group.suspect, draft.budget
+        if suspect and draft.suspect not in (None, group):
             return
-        for sequence in group.sequences:
-            self.memory.leave_window(sequence)
+        if self.memory.sliding_window is not None:
+            for sequence in group.sequences:
+                self.memory.leave_window(sequence)
+        if len(group.sequences) == 1 and group.beams is None:
+            self._continue(draft, group.sequences[0], draft.budget - owed)
+        else:
+            self._advance_together(draft, group, owed)
+        if suspect and draft.budget < before:
+            draft.suspect = group
+
+    def _advance_together(self, draft: _Draft, group: Group, owed: int) -> None:
+        """Plans for sequences that share pages: forks of one that has computed the prompt, beams in step."""
         source = next((sequence for sequence in group.sequences if sequence.page_ids), None)
         may_fork = source is not None and source.num_computed >= source.num_prompt  # by steps before this one
         if group.beams is not None and may_fork:
@@ -401,6 +412,7 @@ class Scheduler:
             enough = len(beams) <= draft.budget - owed
             if enough and self._make_room(draft, group, lambda: self.memory.shortfall(ends)):
                 for sequence in beams:
+                    self.memory.grow(sequence, len(sequence.tokens))
                     self._plan(draft, sequence, 1)
 
     def _fork(self, sequence: Sequence, source: Sequence | None) -> None:
@@ -416,9 +428,14 @@ class Scheduler:
                 return
             memory.begin(sequence)
         count = self._num_next(sequence, budget)
-        ends = [(sequence, sequence.num_computed + count)]
-        if count and self._make_room(draft, group, lambda: memory.shortfall(ends)):
-            self._plan(draft, sequence, count)
+        if count == 0:
+            return
+        end = sequence.num_computed + count
+        if not memory.has_room(sequence, end):
+            if not self._make_room(draft, group, lambda: memory.shortfall([(sequence, end)])):
+                return
+            memory.grow(sequence, end)
+        self._plan(draft, sequence, count)
 
     def _in_step(self, group: Group) -> bool:
         """Whether the beams of a search are all at their last token, and not in this step yet, so that they can go on together."""
@@ -478,9 +495,8 @@ class Scheduler:
         self._advance(draft, group, owed=0)
 
     def _plan(self, draft: _Draft, sequence: Sequence, count: int) -> None:
-        """Takes the pages for a row, adds it to the draft and counts it as computed."""
+        """Adds a row, for which there are pages, to the draft and counts it as computed."""
         start, group = sequence.num_computed, sequence.group
-        self.memory.grow(sequence, start + count)
         num_total = len(sequence.tokens) + sequence.num_pending
         samples = start + count == num_total
         work = Work(
@@ -495,8 +511,6 @@ class Scheduler:
         )
         (draft.decodes if count == 1 else draft.chunks).append(work)
         draft.budget -= count
-        if group.suspect:
-            draft.suspect = group
         sequence.num_computed = start + count
         sequence.num_pending += samples
         sequence.num_listed = len(sequence.page_ids)
