@@ -200,7 +200,7 @@ def random_pool(config, num_pages, dtype, seed=0):
     return jax.tree.map(lambda array: jnp.asarray(rng.integers(0, 100, array.shape).astype(array.dtype)), pool)
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8", "uint16"])
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
 @pytest.mark.parametrize("copies", [[(1, 2)], [(3, 8), (3, 1), (5, 2), (7, 4)]])
 def test_copies_change_their_destinations_and_nothing_else(loaded, dtype, copies):
     """In a step that writes nothing; keys, values and scales of every layer."""
@@ -216,10 +216,9 @@ def test_copies_change_their_destinations_and_nothing_else(loaded, dtype, copies
         np.testing.assert_array_equal(np.asarray(now), was[expected])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "int8"])
-def test_copies_are_in_place(loaded, dtype):
+def test_copies_are_in_place_in_pages_with_scales(loaded):
     model, params = loaded
-    pool = init_pool(model.config, 4000, 8, dtype)
+    pool = init_pool(model.config, 4000, 8, "int8")
     program = jit_step.lower(model, params, pool, make_inputs(PROMPTS), init_sampling_state(SLOTS, 99)).compile()
     memory, shape = program.memory_analysis(), ",".join(map(str, pool.layers[0].kv.shape))
     assert memory.alias_size_in_bytes >= pool.num_bytes
