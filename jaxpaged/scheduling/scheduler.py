@@ -406,6 +406,8 @@ class Scheduler:
                 if sequence.page_ids or (source is None and not sequence.idle):
                     source = source or sequence  # the others fork once this one has computed the prompt
                     self._continue(draft, sequence, min(draft.budget, max(1, draft.budget - owed - after)))
+                    # Now, if all that this one computes was cached: a beam then waits for the others and has no row in this step.
+                    may_fork = may_fork or (source.num_computed >= source.num_prompt and source.last_step <= self.step)
         if self._in_step(group):
             beams = group.active
             ends = [(sequence, len(sequence.tokens)) for sequence in beams]
