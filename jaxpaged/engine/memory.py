@@ -62,7 +62,7 @@ def device_budget(config: CacheConfig, device: jax.Device, *, step_temp_bytes: i
     Args:
         config: Says how.
         device: Where.
-        step_temp_bytes: Scratch memory of the largest step.
+        step_temp_bytes: Scratch memory of the largest step, and of pages on their way to or from the host.
     """
     if config.kv_cache_memory_bytes is not None:
         return Budget(config.kv_cache_memory_bytes, "--kv-cache-memory-bytes", "--kv-cache-memory-bytes")

@@ -205,10 +205,11 @@ def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resol
     if max_model_len > longest:
         raise ConfigError(f"max_model_len {max_model_len} is more than the model's max_position_embeddings, {longest}")
     size_of_page = page_bytes(model.config, sizes.page_size, _kv_dtype(config, model), implementation=sizes.backend)
-    temp = 0
+    available, temp = available_host_bytes(), 0
+    num_host_pages = plan_swap_space(config, device, available_bytes=available, page_bytes=size_of_page)
     if device.platform != "cpu" and config.cache.num_pages is None and config.cache.kv_cache_memory_bytes is None:
         probe = _make_runner(config, model, params, sizes, MemoryPlan(2, size_of_page, max_model_len, ""))
-        temp = probe.temp_bytes(sizes.token_buckets[-1]) + staging_bytes(size_of_page)
+        temp = probe.temp_bytes(sizes.token_buckets[-1]) + (staging_bytes(size_of_page) if num_host_pages else 0)
         probe.close()
     budget = device_budget(config.cache, device, step_temp_bytes=temp)
     plan = plan_memory(
@@ -221,10 +222,9 @@ def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resol
         may_shorten=config.max_model_len is None,
         keep_small=device.platform == "cpu" and config.cache.kv_cache_memory_bytes is None,
     )
-    available = available_host_bytes()
-    if available is not None and device.platform == "cpu":
-        available -= plan.num_bytes
-    return dataclasses.replace(plan, num_host_pages=plan_swap_space(config, device, available_bytes=available, page_bytes=size_of_page))
+    if available is not None and device.platform == "cpu":  # whose pool takes of the same memory
+        plan_swap_space(config, device, available_bytes=available - plan.num_bytes, page_bytes=size_of_page)
+    return dataclasses.replace(plan, num_host_pages=num_host_pages)
 
 
 @contextlib.contextmanager
