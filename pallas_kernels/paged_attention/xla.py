@@ -36,6 +36,8 @@ QUERY_BLOCK = 128
 FEW_QUERIES = 16
 """Up to this many queries a key/value head, K and V stay together in the products."""
 
+_TPU_LANES = 128
+
 _NO_KEY = -1e30
 """Maximum of no scores; finite, so that the difference of two is not NaN."""
 
@@ -363,5 +365,5 @@ def make_work_list(kv_lens: Any, cu_q_lens: Any, distribution: Any, *, num_token
 
 
 def storage_head_dim(head_dim: int) -> int:
-    """Returns ``head_dim``: any will do."""
-    return head_dim
+    """Returns ``head_dim``, on a TPU rounded up to whole lanes: a pool of narrower heads lies transposed, and each call would copy it."""
+    return -(-head_dim // _TPU_LANES) * _TPU_LANES if jax.default_backend() == "tpu" else head_dim

@@ -115,7 +115,7 @@ class _Shapes:
 def _shapes(row: Row, target: Target, page_size: int | None = None) -> _Shapes:
     model, call, page = row.attention, row.sizes, page_size or target.page_size
     kernel = row.implementation if row.program in ("attention", "update") else target.kernel
-    head_dim = storage_head_dim(model.head_dim, kernel)
+    head_dim = storage_head_dim(model.head_dim, target.kernel if kernel == "xla" else kernel)  # what xla serves is laid out for its chip
     kv_dtype = jnp.dtype(row.kv_dtype)
     page_bytes = page * 2 * model.num_kv_heads * head_dim * kv_dtype.itemsize
     pages = jax.ShapeDtypeStruct((KERNEL_POOL_BYTES // page_bytes, page, 2 * model.num_kv_heads, head_dim), kv_dtype)

@@ -74,3 +74,9 @@ def test_lowers_for_every_platform(platform):
     call = jax.jit(functools.partial(xla.ragged_paged_attention, sm_scale=0.17, sliding_window=7, soft_cap=2.0, return_lse=True))
     lowered = call.trace(*map(jnp.asarray, case.arguments)).lower(lowering_platforms=(platform,))
     assert "stablehlo.while" in lowered.as_text()
+
+
+def test_a_tpus_pool_has_whole_lanes(monkeypatch):
+    assert [xla.storage_head_dim(d) for d in (64, 80, 128)] == [64, 80, 128]
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    assert [xla.storage_head_dim(d) for d in (64, 80, 128, 256)] == [128, 128, 128, 256]
