@@ -188,7 +188,7 @@ class KVMemory:
         unread = self._num_unread(sequence.num_computed)
         sequence.page_ids = [NULL_PAGE] * unread + source.page_ids[unread : self.num_pages(source.num_prompt)]
         self.pages.share(_without_null(sequence.page_ids))
-        sequence.num_registered = source.num_prompt // self.page_size
+        sequence.num_registered = min(source.num_registered, source.num_prompt // self.page_size)
         sequence.num_listed = 0
 
     def grow(self, sequence: Sequence, end: int) -> None:
@@ -202,6 +202,7 @@ class KVMemory:
             at = sequence.num_computed // self.page_size
             (sequence.page_ids[at],) = self.pages.take(1)
             sequence.num_listed = min(sequence.num_listed, at)
+            sequence.num_registered = min(sequence.num_registered, at)  # the copy can be found once the page it is of is not there
             self._copies.append(PageCopy(page_id, sequence.page_ids[at]))
             self.num_copies += 1
             if self.pages.is_kept(page_id):
