@@ -559,6 +559,40 @@ def test_logprobs_and_ranks(vocab: int) -> None:
         assert (np.asarray(got.top_logprobs[i, width:]) == -np.inf).all()
 
 
+@pytest.mark.parametrize("vocab", [20, 300, 1280])
+def test_most_likely_ids_are_those_of_top_k(vocab: int) -> None:
+    rng = np.random.default_rng(vocab)
+    x = rng.standard_normal((8, vocab)).astype(np.float32)
+    x[1] = np.round(x[1])
+    x[2, rng.random(vocab) < 0.95] = -np.inf
+    x[3] = 1.0
+    x[4, [0, vocab - 1]] = np.nan
+    x[5, vocab // 2] = np.inf
+    x[6] = np.where(rng.random(vocab) < 0.5, 0.0, -0.0)
+    x[7] = -np.inf
+    np.testing.assert_array_equal(jax.jit(sampling._best, static_argnums=1)(x, 20), jax.lax.top_k(x, 20)[1])
+
+
+@pytest.mark.parametrize("number", [1, 5, 60])
+def test_leading_blocks_are_those_of_top_k(number: int) -> None:
+    rng = np.random.default_rng(number)
+    maxima = rng.standard_normal((6, 60)).astype(np.float32)
+    maxima[1:3] = np.round(maxima[1:3])
+    maxima[3], maxima[4, 3:] = -np.inf, -np.inf
+    least, blocks = sampling._leading(jnp.asarray(maxima), number)
+    expected, indices = jax.lax.top_k(maxima, number)
+    np.testing.assert_array_equal(least, expected[:, -1])
+    np.testing.assert_array_equal(blocks, np.sort(indices, axis=-1))
+
+
+def test_nothing_sorts() -> None:
+    """A TPU's compiler takes seconds for each sort, in every program of the engine."""
+    logits, inputs = np.zeros((2, LARGE_VOCAB), np.float32), make_inputs([Row(), Row(slot=1)], 64)
+    for lowered in (jit_sample.lower(logits, inputs, new_state(LARGE_VOCAB)), jit_logprobs.lower(logits, inputs.slots)):
+        operations = {word for word in ("stablehlo.sort", "chlo.top_k", "@top_k") if word in lowered.as_text()}
+        assert not operations
+
+
 def test_logprobs_are_never_nan() -> None:
     logits = np.zeros((4, 30), np.float32)
     logits[0, 3], logits[1], logits[2, 5] = np.nan, -np.inf, np.inf
