@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import functools
 import random
 import sys
 import time
@@ -112,8 +113,10 @@ class World:
         depth: int = 1,
         fails: Callable[[StepPlan], bool] = lambda plan: False,
         invalid: Callable[[Sequence, int], bool] = lambda sequence, num_output: False,
+        max_calls: int = MAX_CALLS,
     ) -> None:
         self.scheduler = scheduler
+        self.max_calls = max_calls
         self.depth = depth
         self.by_prompt_length = scheduler.memory._by_prompt_length
         self.device = FakeRunner(
@@ -209,10 +212,13 @@ class World:
         """Reads the oldest step and commits or recovers."""
         plan, handle = self.handles.pop(0)
         alive = [work.sequence for work in plan.work if work.sequence.status is not Status.FINISHED]
+        spoilt: list[Sequence] = []
         for work in plan.work:
             if self.device.invalid(work.sequence, work.num_output) and work.samples:
                 for sequence in work.sequence.group.sequences if work.beam_score is not None else (work.sequence,):
                     self.sample(sequence).invalid = True
+                spoilt += [work.sequence] if work.sequence.status is Status.RUNNING else []
+        spoilt_pages = {page_id for sequence in spoilt for page_id in sequence.page_ids}
         try:
             result = handle.read()
         except DeviceFault:
@@ -227,6 +233,7 @@ class World:
             require(self.scheduler.commit(plan, handle.result) == [], "the result of a failed step was applied")
         else:
             self.receive(self.scheduler.commit(plan, result))
+            require(not any(map(self.scheduler.pages.is_kept, spoilt_pages)), "a page of a sequence without numbers can still be found")
             require(self.scheduler.commit(plan, result) == [], "a result was applied twice")
         self.verify()
 
@@ -238,7 +245,7 @@ class World:
 
     def drain(self) -> None:
         """Runs until nothing is left, and verifies that nothing is left."""
-        for _ in range(MAX_CALLS):
+        for _ in range(self.max_calls):
             if not self.scheduler.has_work:
                 break
             self.step()
@@ -307,7 +314,7 @@ class World:
     def _expected_cells(self, sequence: Sequence) -> list[int]:
         if sequence.group.beams is None:
             return self.sample(sequence).cells
-        return cells_of(first_cell(sequence.request, self.by_prompt_length), sequence.tokens)
+        return _cells_of(first_cell(sequence.request, self.by_prompt_length), tuple(sequence.tokens))
 
     def _verify_writes(self, plan: StepPlan) -> None:
         """Verifies that a step writes only pages that nobody else reads and that nobody can find."""
@@ -385,6 +392,9 @@ class World:
         require(due, f"a sequence ended by {end.finish_reason}, which was not due")
 
 
+_cells_of = functools.lru_cache(4096)(cells_of)
+
+
 def require(holds: bool, rule: str) -> None:
     """Raises Violation unless a rule holds."""
     if not holds:
@@ -409,24 +419,44 @@ class Outcome:
     restored: int
 
 
-def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda scheduler: None, num_requests: int = 16) -> Outcome:
+def simulate(
+    seed: int,
+    *,
+    mutate: Callable[[Scheduler], None] = lambda scheduler: None,
+    num_requests: int = 16,
+    max_calls: int = MAX_CALLS,
+    beams: float = 0.2,
+    samples: tuple[int, ...] = (1, 1, 1, 2, 3),
+    fault_rate: float | None = None,
+    depth: int | None = None,
+    **options,
+) -> Outcome:
     """Runs a random world to its end.
 
     Args:
-        seed: Decides everything.
+        seed: Decides everything that is not given.
         mutate: Plants a bug in the scheduler.
         num_requests: Requests that arrive.
+        max_calls: Calls after which a world that does not end is given up.
+        beams: Share of the requests that are beam searches.
+        samples: What each other request's ``n`` is drawn from.
+        fault_rate: Share of the steps that fail; drawn by default.
+        depth: Steps dispatched ahead; drawn by default.
+        **options: Options of the scheduler that are not drawn.
 
     Raises:
         AssertionError: A check failed (``Violation``, ``InvariantError``), or anything else that the bug raised.
     """
     rng = random.Random(seed)
     max_num_seqs = rng.choice((1, 2, 3, 5, 8))
+    max_num_seqs = options.get("max_num_seqs", max_num_seqs)
     budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
     num_pages, page_size = rng.choice((3, 5, 7, 10, 10, 15, 15, 30)), rng.choice((1, 2, 3, 4, 8))
+    num_pages, page_size = options.get("num_pages", num_pages), options.get("page_size", page_size)
     sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
+    sliding_window = options.get("sliding_window", sliding_window)
     longest = 10_000 if sliding_window is None else min(150, 2 * num_pages * page_size)  # a window lets in texts longer than the pool
-    scheduler = make_scheduler(
+    drawn = dict(
         num_pages=num_pages,
         page_size=page_size,
         max_num_seqs=max_num_seqs,
@@ -443,9 +473,11 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
         cache_by_prompt_length=rng.random() < 0.1,
         clock=lambda: 0.0,
     )
+    scheduler = make_scheduler(**drawn | options)
     scheduler.headroom = rng.choice((0, 0, 1))
     mutate(scheduler)
-    fault_rate = rng.choice((0.0, 0.0, 0.0, 0.02))
+    drawn_rate = rng.choice((0.0, 0.0, 0.0, 0.02))
+    fault_rate = drawn_rate if fault_rate is None else fault_rate
     abort_rate = rng.choice((0.0, 0.03, 0.2))
     arrival_rate = rng.choice((0.1, 0.4, 0.9))
     poison = {f"r{rng.randrange(num_requests)}"} if rng.random() < 0.2 else set()
@@ -459,11 +491,13 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     def invalid(sequence: Sequence, num_output: int) -> bool:
         return sequence.request.id in broken and num_output == 2
 
-    world = World(scheduler, depth=rng.choice((0, 1, 1, 2, 3)), fails=fails, invalid=invalid)
+    drawn_depth = rng.choice((0, 1, 1, 2, 3))
+    depth = drawn_depth if depth is None else depth
+    world = World(scheduler, depth=depth, fails=fails, invalid=invalid, max_calls=max_calls)
     growth = rng.choice((0.0, 0.5, 1.0))
-    left = [_random_request(rng, i, scheduler, growth) for i in reversed(range(num_requests))]
+    left = [_random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
     reset_rate = rng.choice((0.0, 0.0, 0.05))
-    for _ in range(MAX_CALLS):
+    for _ in range(max_calls):
         if left and rng.random() < arrival_rate:
             world.add(left.pop())
         if rng.random() < reset_rate:
@@ -499,7 +533,9 @@ def simulate(seed: int, *, mutate: Callable[[Scheduler], None] = lambda schedule
     )
 
 
-def _random_request(rng: random.Random, number: int, scheduler: Scheduler, growth: float) -> Request:
+def _random_request(
+    rng: random.Random, number: int, scheduler: Scheduler, growth: float, share_of_beams: float, samples: tuple[int, ...]
+) -> Request:
     bound = scheduler.max_request_tokens
     size = scheduler.page_size
     total = max(2, rng.choice((rng.randint(2, bound), min(bound, rng.randint(1, 6) * size + rng.choice((-1, 0, 1))), bound)))
@@ -508,8 +544,8 @@ def _random_request(rng: random.Random, number: int, scheduler: Scheduler, growt
         max_tokens = total - rng.randint(1, min(total - 1, 3))
     if rng.random() < 0.05:
         total = bound + rng.randint(1, 3)  # can never fit
-    forks: dict[str, object] = {"n": rng.choice((1, 1, 1, 2, 3))}
-    if rng.random() < 0.2:
+    forks: dict[str, object] = {"n": rng.choice(samples)}
+    if rng.random() < share_of_beams:
         width = rng.choice((1, 2, 3, 4))
         forks = {
             "use_beam_search": True,
