@@ -456,23 +456,23 @@ def simulate(
     sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
     sliding_window = options.get("sliding_window", sliding_window)
     longest = 10_000 if sliding_window is None else min(150, 2 * num_pages * page_size)  # a window lets in texts longer than the pool
-    drawn = dict(
-        num_pages=num_pages,
-        page_size=page_size,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=budget,
-        max_model_len=rng.choice((longest, longest, 20)),
-        buckets=rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
-        long_prefill_token_threshold=rng.choice((0, 0, 1, 2, 5)),
-        max_waiting=rng.choice((1024, 1024, 3)),
-        enable_prefix_caching=rng.random() < 0.6,
-        num_host_pages=(num_host_pages := rng.choice((0, 0, 2, 6, 20))),
-        preemption_mode=rng.choice(("auto", "recompute", "swap")) if num_host_pages else "recompute",
-        prefers_swap=lambda num_tokens, num_pages: num_tokens % 2 == 0,
-        sliding_window=sliding_window,
-        cache_by_prompt_length=rng.random() < 0.1,
-        clock=lambda: 0.0,
-    )
+    drawn = {
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": budget,
+        "max_model_len": rng.choice((longest, longest, 20)),
+        "buckets": rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
+        "long_prefill_token_threshold": rng.choice((0, 0, 1, 2, 5)),
+        "max_waiting": rng.choice((1024, 1024, 3)),
+        "enable_prefix_caching": rng.random() < 0.6,
+        "num_host_pages": (num_host_pages := rng.choice((0, 0, 2, 6, 20))),
+        "preemption_mode": rng.choice(("auto", "recompute", "swap")) if num_host_pages else "recompute",
+        "prefers_swap": lambda num_tokens, num_pages: num_tokens % 2 == 0,
+        "sliding_window": sliding_window,
+        "cache_by_prompt_length": rng.random() < 0.1,
+        "clock": lambda: 0.0,
+    }
     scheduler = make_scheduler(**drawn | options)
     scheduler.headroom = rng.choice((0, 0, 1))
     mutate(scheduler)
