@@ -318,7 +318,8 @@ class Scheduler:
             if work.sequence.status is Status.FINISHED:
                 continue
             if work.beam_score is not None:
-                events += self._apply_beams(plan, work.sequence.group, result)
+                if work.sequence.num_pending:  # else the search went on with another of its rows
+                    events += self._apply_beams(plan, work.sequence.group, result)
             else:
                 event = self._apply(plan, work, row, result)
                 if event is not None:
@@ -588,10 +589,8 @@ class Scheduler:
         return [TokenEvent(group.request.id, sequence.index, prompt_logprobs=news) for sequence in group.sequences]
 
     def _apply_beams(self, plan: StepPlan, group: Group, result: StepResult) -> list[TokenEvent]:
-        """Goes on with a beam search, whose beams' rows are in this plan; does nothing if that was done for another of its rows."""
+        """Goes on with a beam search, whose beams' rows are in this plan."""
         rows = [(row, work) for row, work in enumerate(plan.work) if work.sequence.group is group and work.beam_score is not None]
-        if group.beams is None or not any(work.sequence.num_pending for _, work in rows):
-            return []
         for _, work in rows:
             work.sequence.num_pending -= 1
         if any(result.tokens[row] == INVALID_TOKEN for row, _ in rows):
@@ -603,8 +602,8 @@ class Scheduler:
             clear(work.sequence)
         parents = [work.sequence for _, work in rows]
         outputs = [parent.tokens[parent.num_prompt :] for parent in parents]
-        following = group.beams.advance(outputs, result.beams[group.request.id])
-        if following:
+        search = group.beams
+        if search is not None and (following := search.advance(outputs, result.beams[group.request.id])):
             self._branch(group, parents, following)
             return []
         return self._finish_beams(group)
