@@ -133,7 +133,10 @@ class Engine:
         """
         if self.failed is not None:
             raise EngineStopped(self.failed)
-        plan = self.scheduler.schedule()
+        try:
+            plan = self.scheduler.schedule()
+        except Exception as error:  # a bug of ours, in the middle of the books; no token is lost if they start anew
+            return self._send(self._recover(None, error))
         if plan is not None:
             self._dispatch(plan)
         events: list[TokenEvent] = []
@@ -220,9 +223,10 @@ class Engine:
         self.recovering = False
         return self.scheduler.commit(flight.plan, self._with_valid_tokens(result))
 
-    def _recover(self, plan: StepPlan, error: Exception) -> list[TokenEvent]:
+    def _recover(self, plan: StepPlan | None, error: Exception) -> list[TokenEvent]:
         """Goes on after a failed step: the donated pool is gone, so it is made anew and everything running is computed again."""
-        logger.error("step %d failed (%s: %s); recomputing what ran", plan.step, type(error).__name__, _one_line(error))
+        step = self.scheduler.step + 1 if plan is None else plan.step
+        logger.error("step %d failed (%s: %s); recomputing what ran", step, type(error).__name__, _one_line(error))
         self.recovering = True
         self.telemetry.recoveries += 1
         self._num_failures += 1

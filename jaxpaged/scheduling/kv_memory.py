@@ -240,11 +240,7 @@ class KVMemory:
         self.pages.release_after(_without_null(reversed(sequence.page_ids)), sequence.last_step)
         if self.host is not None:
             self.host.pages.release(_without_null(reversed(sequence.host_ids)))
-        sequence.page_ids = []
-        sequence.host_ids = []
-        sequence.num_registered = 0
-        sequence.num_settled = 0
-        sequence.num_listed = 0
+        self._clear(sequence)
 
     def follow(self, sequence: Sequence, parent: Sequence) -> None:
         """Gives a beam all that another one has computed, in place of its own; both go on from there."""
@@ -343,15 +339,25 @@ class KVMemory:
             self.host.clear()
 
     def lose(self, sequences: Iterable[Sequence]) -> None:
-        """The device has lost all pages, and what it was about to move: nobody holds anything, here or in host memory."""
+        """The device has lost all pages, and what it was about to move: nobody holds anything, here or in host memory.
+
+        The books start anew, so it does not matter in the middle of what they were left.
+        """
         for sequence in sequences:
-            self.release(sequence)
-        self._transfers, self._copies = [], []
-        self.take_moves()
-        self.reset_prefix_cache()
-        self.pages.flush()
+            self._clear(sequence)
+        self._transfers, self._copies, self._sources = [], [], []
+        for tier in (self.device, self.host):
+            if tier is not None:
+                tier.reset()
 
     # ------------------------------------------------------------------------------------------------------------ the inside
+
+    def _clear(self, sequence: Sequence) -> None:
+        sequence.page_ids = []
+        sequence.host_ids = []
+        sequence.num_registered = 0
+        sequence.num_settled = 0
+        sequence.num_listed = 0
 
     def _keys(self, sequence: Sequence) -> list[Key]:
         if len(sequence.page_keys) < len(sequence.tokens) // self.page_size:

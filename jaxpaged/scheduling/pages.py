@@ -183,6 +183,16 @@ class PageAllocator:
         if self._fences:
             self.complete(max(self._fences))
 
+    def reset(self) -> None:
+        """Makes all pages free, whoever thought to have one; what waited for a step waits no more."""
+        self._kept.clear()
+        self._cached.clear()
+        self._fences.clear()
+        self._num_deferred = 0
+        self._free = list(range(self.num_pages - 1, NULL_PAGE, -1))
+        self._readers = [0] * self.num_pages
+        self._leaving = [0] * self.num_pages
+
     def check(self, owners: Iterable[Iterable[int]]) -> None:
         """Verifies the books against the tables of all owners, page by page.
 

@@ -108,6 +108,12 @@ class PrefixCache:
         for key in list(self._page_of):
             self.forget(key)
 
+    def reset(self) -> None:
+        """Forgets everything, and whose the pages were."""
+        self._page_of.clear()
+        self._key_of.clear()
+        self.pages.reset()
+
     def _evicted(self, page_id: int) -> None:
         key = self._key_of.pop(page_id)
         del self._page_of[key]

@@ -332,7 +332,7 @@ class Scheduler:
         Which request ends because its steps keep failing is decided by ``faults.blame``.
 
         Args:
-            plan: The step that failed; None if it is not known which of those in flight it was.
+            plan: The step that failed; None if it is not known which of those in flight it was, or if ``schedule`` itself failed.
 
         Returns:
             The ends of the guilty request's sequences, if one was found.
@@ -342,10 +342,11 @@ class Scheduler:
         for group in dict.fromkeys(sequence.group for sequence in reversed(self.running)):
             self._put_back(group)
         self.memory.lose(self.waiting)
-        self.slots.flush()
+        self.slots.reset()
         for sequence in self.waiting:
             sequence.num_pending = 0
             sequence.num_computed = 0
+            sequence.last_step = 0  # it may have been in a step that was never planned to its end
         guilty = blame(failed)
         if guilty is None:
             return []

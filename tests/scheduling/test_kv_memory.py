@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 
+import pytest
 from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -428,6 +429,12 @@ def random_memory_calls(seed: int, calls: int, *, make=KVMemory) -> None:
     model.drain()
 
 
-def test_half_a_million_random_calls():
-    for seed in range(1000):
+def test_a_hundred_thousand_random_calls():
+    for seed in range(200):
+        random_memory_calls(seed, 500)
+
+
+@pytest.mark.slow
+def test_a_million_random_calls():
+    for seed in range(200, 2200):
         random_memory_calls(seed, 500)

@@ -378,17 +378,11 @@ class RecoverForgetsPending(Scheduler):
         return events
 
 
-class RecoverKeepsTheCache(KVMemory):
+class RecoverKeepsTheCache(PrefixCache):
     """After a failure the prefix cache still knows pages of the pool that is gone."""
 
-    def lose(self, sequences) -> None:
-        self.is_lost = True
-        super().lose(sequences)
-        self.is_lost = False
-
-    def reset_prefix_cache(self) -> None:
-        if not getattr(self, "is_lost", False):
-            super().reset_prefix_cache()
+    def reset(self) -> None:
+        self.pages.reset()
 
 
 # --------------------------------------------------------------------------------------------------------- forks and copies

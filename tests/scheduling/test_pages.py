@@ -155,6 +155,19 @@ def test_drop_makes_a_cached_page_free_and_a_read_one_common():
     pages.check([])
 
 
+def test_reset_makes_everything_free_whoever_has_it():
+    pages = PageAllocator(6)
+    tables = [pages.take(1) for _ in range(4)]
+    pages.keep(tables[0][0])
+    pages.keep(tables[1][0])
+    pages.release(tables[0])
+    pages.release_after(tables[2], 8)
+    pages.reset()
+    pages.check([])
+    assert (pages.num_free, pages.num_cached, pages.num_deferred, pages.last_fence) == (5, 0, 0, 0)
+    assert not pages.is_complete(8)
+
+
 def test_only_the_one_reader_of_a_page_that_is_not_kept_may_write():
     pages = PageAllocator(4)
     (page_id,) = pages.take(1)
