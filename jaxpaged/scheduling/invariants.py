@@ -66,7 +66,7 @@ def _check_groups(scheduler: Scheduler) -> None:
     size = scheduler.page_size
     for sequence in scheduler.running:
         for at, page_id in enumerate(sequence.page_ids):
-            if page_id == NULL_PAGE:
+            if page_id == NULL_PAGE or scheduler.pages.reference_count(page_id) < 2:
                 continue
             # Readers of one page agree on what is in it, up to where the one that has the least of it ends.
             computed = min(sequence.num_computed, len(sequence.tokens))

@@ -204,12 +204,13 @@ class PageAllocator:
         """
         readers = self._count(owners)
         leaving = self._count(self._fences.values())
-        for page_id in range(self.num_pages):
-            if readers[page_id] != self._readers[page_id] or leaving[page_id] != self._leaving[page_id]:
-                raise InvariantError(
-                    f"page {page_id} has {readers[page_id]} readers and {leaving[page_id]} leaving; "
-                    f"in the books are {self._readers[page_id]} and {self._leaving[page_id]}"
-                )
+        if readers != self._readers or leaving != self._leaving:
+            found, written = list(zip(readers, leaving, strict=True)), list(zip(self._readers, self._leaving, strict=True))
+            page_id = next(page_id for page_id in range(self.num_pages) if found[page_id] != written[page_id])
+            raise InvariantError(
+                f"page {page_id} has {found[page_id][0]} readers and {found[page_id][1]} leaving; "
+                f"in the books are {written[page_id][0]} and {written[page_id][1]}"
+            )
         unowned = [page_id for page_id in range(1, self.num_pages) if not readers[page_id] and not leaving[page_id]]
         if sorted([*self._free, *self._cached]) != unowned:
             raise InvariantError(

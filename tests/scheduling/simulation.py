@@ -303,9 +303,8 @@ class World:
         if not self.num_faults:
             late = (sequence for sequence in scheduler.live_sequences() if scheduler.step > self.sample(sequence).deadline)
             require(next(late, None) is None, "a sequence runs beyond its fairness bound")
-        for page_id in set(range(1, scheduler.pages.num_pages)).difference(*(transfer.page_ids for transfer in leaving)):
-            if scheduler.pages.reference_count(page_id) == 0 and not scheduler.pages.is_kept(page_id):
-                cells[page_id] = [POISON] * size
+        for page_id in set(scheduler.pages._free).difference(*(transfer.page_ids for transfer in leaving)):
+            cells[page_id] = [POISON] * size
         host = scheduler.memory.host
         for place in list(self.device.host):
             if host.pages.reference_count(place) == 0 and not host.pages.is_kept(place):
