@@ -492,8 +492,9 @@ def prompt_logprobs(hidden: Float[Array, "T E"], logits_fn: Callable[[Array], Ar
 
         return lax.cond(jnp.any(targets >= 0), compute, lambda results: results, results)
 
-    chunks = jnp.where(jnp.any(inputs.targets >= 0), -(-total // chunk), 0)
-    return lax.fori_loop(0, chunks, fill, _no_logprobs(total))
+    # A condition and not a loop of no chunks: XLA moves what a loop does to the weights out of it, a copy for tpu7x in another layout.
+    empty = _no_logprobs(total)
+    return lax.cond(jnp.any(inputs.targets >= 0), lambda: lax.fori_loop(0, -(-total // chunk), fill, empty), lambda: empty)
 
 
 def _no_logprobs(count: int) -> Logprobs:
