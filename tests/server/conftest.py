@@ -1,8 +1,18 @@
 """Clients and servers over the scripted engine."""
 
 import pytest
+from leaks import check_idle_engines, watch
 from server_fakes import FakeAsyncEngine
 from server_harness import Client, LoopbackServer
+
+watch()
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_left():
+    """Every engine that is idle after a test holds nothing."""
+    yield
+    check_idle_engines()
 
 
 @pytest.fixture
