@@ -404,12 +404,7 @@ def random_calls(seed: int, calls: int, *, make=PageAllocator, check_every: int 
     assert model.num_free == model.num_pages - 1
 
 
-def test_a_million_random_calls():
-    for seed in range(100):
-        random_calls(seed, 10_000)
-
-
-@pytest.mark.slow
-def test_five_million_random_calls():
-    for seed in range(100, 500):
+@pytest.mark.parametrize("block", range(5))
+def test_five_million_random_calls(block):
+    for seed in range(block * 100, block * 100 + 100):
         random_calls(seed, 10_000)
