@@ -205,7 +205,7 @@ class KVMemory:
             sequence.num_registered = min(sequence.num_registered, at)  # the copy can be found once the page it is of is not there
             self._copies.append(PageCopy(page_id, sequence.page_ids[at]))
             self.num_copies += 1
-            if self.pages.is_kept(page_id):
+            if self.pages.is_kept(page_id) or self.pages.num_readers(page_id) == 1:
                 self._sources.append((page_id, sequence.last_step))  # nothing may be moved there before the copy is made
             else:
                 self.pages.release_after([page_id], sequence.last_step)  # another sequence of the request still reads it

@@ -88,6 +88,10 @@ class PageAllocator:
         """Highest step that a deferred page waits for; 0 if none does."""
         return max(self._fences, default=0)
 
+    def num_readers(self, page_id: int) -> int:
+        """Readers of a page, without those that leave when a step is complete."""
+        return self._readers[page_id]
+
     def is_complete(self, step: int) -> bool:
         """Whether a step is known to be complete."""
         return step <= self._completed

@@ -54,6 +54,7 @@ class Model:
         self.unsettled: list[tuple[int, Sequence, int, int]] = []
         self.dispatched = self.completed = self.number = 0
         self.fresh = 2
+        self.forgot = False
 
     # ----------------------------------------------------------------------------------------------------- inside a step
 
@@ -161,8 +162,8 @@ class Model:
         self.verify()
 
     def complete(self) -> None:
-        """The oldest step in flight is complete; what it computed is settled."""
-        if self.completed < self.dispatched:
+        """The oldest step in flight is complete; what it computed is settled. Never while a plan is made."""
+        if self.completed < self.dispatched and not self.rows and not self.touched:
             self.completed += 1
             self.memory.pages.complete(self.completed)
             due = [entry for entry in self.unsettled if entry[0] <= self.completed]
@@ -172,10 +173,9 @@ class Model:
                 kept = [cells for page_id, cells in self.cells.items() if self.memory.pages.is_kept(page_id)]
                 for at in range(start // self.size, end // self.size if self.memory.enable_prefix_caching else 0):
                     cells = [content(sequence, position) for position in range(at * self.size, (at + 1) * self.size)]
-                    forked = (
-                        sequence.index > 0 and at < sequence.num_prompt // self.size
-                    )  # another page of the same text may have gone since
-                    assert cells in kept or forked or NULL_PAGE in sequence.page_ids, "a page that is settled cannot be found"
+                    # Another page of the same text may have gone since, or been forgotten with one that had no numbers.
+                    gone = self.forgot or (sequence.index > 0 and at < sequence.num_prompt // self.size)
+                    assert cells in kept or gone or NULL_PAGE in sequence.page_ids, "a page that is settled cannot be found"
 
     def finish(self, number: int, index: int) -> None:
         """A sequence ends."""
@@ -192,6 +192,7 @@ class Model:
         """A sequence had no numbers: nobody finds its pages any more."""
         sequence = self.sequence(number, index)
         keys = list(sequence.page_keys)
+        self.forgot = True
         self.memory.forget(sequence)
         assert not self.memory.device.longest(keys)
         self.finish(number, index)
