@@ -306,7 +306,8 @@ class World:
         for page_id in set(scheduler.pages._free).difference(*(transfer.page_ids for transfer in leaving)):
             cells[page_id] = [POISON] * size
         host = scheduler.memory.host
-        for place in list(self.device.host):
+        returning = {place for transfer in scheduler.memory._transfers if not transfer.to_host for place in transfer.host_ids}
+        for place in self.device.host.keys() - returning:
             if host.pages.reference_count(place) == 0 and not host.pages.is_kept(place):
                 del self.device.host[place]
 
