@@ -126,7 +126,7 @@ def _check_masks(params: SamplingParams, info: EngineInfo) -> None:
 def _check_num_sequences(params: SamplingParams, info: EngineInfo) -> None:
     """Refuses a request whose sequences, which run together, can never be in one batch."""
     if params.num_sequences > info.max_num_seqs:
-        name = "beam_width" if params.beam_width else "best_of" if params.best_of else "n"
+        name = params.counting_field
         message = f"{name} must be at most {info.max_num_seqs} here, the sequences of a batch (max_num_seqs); got {params.num_sequences}"
         raise RequestError(message, param=name)
 

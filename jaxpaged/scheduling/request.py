@@ -66,6 +66,11 @@ class SamplingParams:
         return self.temperature < 1e-5
 
     @property
+    def counting_field(self) -> str:
+        """Name of the field that says how many sequences are generated, for error messages."""
+        return "beam_width" if self.beam_width else "best_of" if self.best_of else "n"
+
+    @property
     def num_sequences(self) -> int:
         """How many sequences are generated, of which ``n`` are returned: the beams, or the samples."""
         if self.use_beam_search:

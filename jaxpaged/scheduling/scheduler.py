@@ -261,7 +261,7 @@ class Scheduler:
         """Raises RequestError if a request can never fit, as ``add`` does."""
         params, num_tokens = request.params, len(request.prompt) + request.max_tokens
         if params.num_sequences > self.max_num_seqs:
-            name = "beam_width" if params.beam_width else "best_of" if params.best_of else "n"
+            name = params.counting_field
             raise RequestError(
                 f"{name} must be at most {self.max_num_seqs}, the sequences that this server runs at once; got {params.num_sequences}",
                 param=name,
