@@ -1,4 +1,8 @@
-"""Pools, tables and queries for the kernel tests, with NaN wherever nothing may be read; and ways to run each implementation on a CPU."""
+"""Pools, tables and queries for the kernel tests, with NaN wherever nothing may be read; and ways to run each implementation.
+
+On a CPU the kernels of other platforms run in the interpreters of their languages. Where jax's default device is a GPU or a TPU, its own
+kernels are compiled and run on it, and those of other platforms are left out.
+"""
 
 from __future__ import annotations
 
@@ -15,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels.paged_attention import ragged_paged_attention
-from pallas_kernels.paged_attention.dispatch import sibling
+from pallas_kernels.paged_attention.dispatch import implementations_on, sibling
 
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-3, "float16": 3e-3}
 """Relative root mean square error allowed on inputs that are rounded to the dtype."""
@@ -117,19 +121,22 @@ def _fill_pages(
 
 @dataclasses.dataclass(frozen=True)
 class Subject:
-    """An implementation under test, on a CPU: compiled, or in the interpreter of its kernel language.
+    """An implementation under test.
 
     Attributes:
         name: As in ``IMPLEMENTATIONS``.
         head_dim, dtype, page_size: Defaults of its cases, which it serves itself.
-        slow: Whether it runs in an interpreter.
     """
 
     name: str
     head_dim: int = 64
     dtype: str = "float32"
     page_size: int = 16
-    slow: bool = True
+
+    @property
+    def interpreted(self) -> bool:
+        """Whether the default device is not one that it runs on."""
+        return self.name not in implementations_on(jax.devices()[0])
 
     def make_case(self, q_lens: list[int], kv_lens: list[int], **options: Any) -> Case:
         defaults = {"head_dim": self.head_dim, "dtype": self.dtype, "page_size": self.page_size}
@@ -137,9 +144,16 @@ class Subject:
 
     def missing(self) -> str | None:
         """Returns why it cannot run here."""
-        if self.name == "mosaic_gpu" and jax.__version_info__ < (0, 11, 2):
+        platform = jax.devices()[0].platform
+        if self.interpreted and platform != "cpu":
+            return f"not one of the implementations for this {platform}"
+        if self.interpreted and self.name == "mosaic_gpu" and jax.__version_info__ < (0, 11, 2):
             return "jax has an interpreter for Mosaic GPU from 0.11.2 on"
         return None
+
+    def no_interpreter(self) -> str | None:
+        """Returns why it cannot run in the interpreter of its language here."""
+        return self.missing() if self.interpreted else "it runs on this device itself"
 
     def unsupported(self, case: Case, **options: Any) -> str | None:
         """Returns why it hands this case on to another implementation."""
@@ -160,7 +174,7 @@ class Subject:
 
 
 SUBJECTS = {
-    "xla": Subject("xla", head_dim=32, slow=False),
+    "xla": Subject("xla", head_dim=32),
     "triton": Subject("triton"),
     "tpu": Subject("tpu", head_dim=128),
     "mosaic_gpu": Subject("mosaic_gpu", dtype="bfloat16"),
@@ -170,8 +184,8 @@ SUBJECTS = {
 @functools.cache
 def _jitted(name: str, static: tuple[tuple[str, Any], ...]) -> Any:
     module = importlib.import_module(f"pallas_kernels.paged_attention.{name}")
-    interpreted = {"triton": {"interpret": True}, "mosaic_gpu": {"tiling": getattr(module, "INTERPRETABLE", None)}}
-    options = {**dict(static), **interpreted.get(name, {})}
+    for_interpreters = {"triton": {"interpret": True}, "mosaic_gpu": {"tiling": getattr(module, "INTERPRETABLE", None)}}
+    options = {**dict(static), **(for_interpreters.get(name, {}) if SUBJECTS[name].interpreted else {})}
     function = module.ragged_paged_attention
 
     def call(arguments: tuple[Any, ...], traced: Mapping[str, Any]) -> Any:
@@ -183,7 +197,9 @@ def _jitted(name: str, static: tuple[tuple[str, Any], ...]) -> Any:
 @contextlib.contextmanager
 def _interpreter(name: str) -> Iterator[None]:
     """Runs Pallas kernels of one language on the CPU: DMA, semaphores and barriers are simulated, races looked for."""
-    if name == "tpu":
+    if not SUBJECTS[name].interpreted:
+        yield
+    elif name == "tpu":
         from jax.experimental.pallas import tpu as pltpu
 
         with pltpu.force_tpu_interpret_mode(

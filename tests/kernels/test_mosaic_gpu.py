@@ -22,7 +22,8 @@ from pallas_kernels.paged_attention import mosaic_gpu
 from pallas_kernels.paged_attention.mosaic_gpu import decode, tilings, work_list
 
 SCALE = 0.17
-interpreted = pytest.mark.skipif(SUBJECTS["mosaic_gpu"].missing() is not None, reason=SUBJECTS["mosaic_gpu"].missing() or "")
+NO_INTERPRETER = SUBJECTS["mosaic_gpu"].no_interpreter()
+interpreted = pytest.mark.skipif(NO_INTERPRETER is not None, reason=NO_INTERPRETER or "")
 
 
 def tiling_of(case, **sizes):

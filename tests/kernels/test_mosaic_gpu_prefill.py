@@ -18,7 +18,8 @@ from attention_cases import LSE_TOLERANCE, SUBJECTS, TOLERANCE, _interpreter, ma
 
 from pallas_kernels.paged_attention.mosaic_gpu import prefill
 
-interpreted = pytest.mark.skipif(SUBJECTS["mosaic_gpu"].missing() is not None, reason=SUBJECTS["mosaic_gpu"].missing() or "")
+NO_INTERPRETER = SUBJECTS["mosaic_gpu"].no_interpreter()
+interpreted = pytest.mark.skipif(NO_INTERPRETER is not None, reason=NO_INTERPRETER or "")
 SOURCE = Path(prefill.__file__).read_text()
 SINKS = np.linspace(-1, 3, 2, dtype=np.float32)
 

@@ -74,7 +74,7 @@ def subject(request):
     return subject
 
 
-SLOWLY = [pytest.param(name, marks=pytest.mark.slow) if SUBJECTS[name].slow else name for name in SUBJECTS]
+SLOWLY = [pytest.param(name, marks=pytest.mark.slow) if SUBJECTS[name].interpreted else name for name in SUBJECTS]
 """For tests that interpreters run among the slow ones: each has tests of the kind in its own file."""
 
 
@@ -130,7 +130,7 @@ def edges():
     """Interpreters see most of them in the slow tests."""
     for name in SUBJECTS:
         for edge in EDGES:
-            slow = [pytest.mark.slow] if SUBJECTS[name].slow and edge not in ("decodes", "query blocks") else []
+            slow = [pytest.mark.slow] if SUBJECTS[name].interpreted and edge not in ("decodes", "query blocks") else []
             yield pytest.param(SUBJECTS[name], edge, marks=slow, id=f"{name}-{edge}".replace(" ", "_"))
 
 
@@ -174,7 +174,7 @@ def test_key_and_value_scales(subject):
 @pytest.mark.parametrize("subject", SLOWLY, indirect=True)
 @pytest.mark.parametrize("window", [None, 100])
 def test_context_beyond_32768_positions(subject, window):
-    if subject.slow and window is None:
+    if subject.interpreted and window is None:
         pytest.skip("an interpreter takes minutes for 33,000 keys; the window starts beyond 32,768 too")
     check(subject, subject.make_case([1, 2], [33_001, 32_770], num_q_heads=2, num_kv_heads=1, page_size=64), sliding_window=window)
 
