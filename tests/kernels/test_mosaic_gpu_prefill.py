@@ -27,7 +27,7 @@ SINKS = np.linspace(-1, 3, 2, dtype=np.float32)
 def call(module, case, *, sinks=None, k_scale=None, v_scale=None, num_ctas=None, **options):
     """Attends the rows that the case's distribution gives to a prefill, with outputs and log-sums of the others as they come."""
     tiling = module.default_tiling(case.q.shape[2], case.kv_pages.dtype.itemsize)
-    tiling = dataclasses.replace(tiling, p_smem=True, num_ctas=num_ctas or (tiling.num_ctas and 2))
+    tiling = dataclasses.replace(tiling, p_smem=True, loops=tiling.loops or num_ctas is not None, num_ctas=num_ctas or 2)
 
     def attend(q, kv_pages, kv_lens, tables, cu_q_lens, distribution, values):
         rows = (distribution[0], distribution[2])
@@ -95,6 +95,7 @@ def test_agrees_with_the_reference(name):
     options.pop("num_ctas", None)
     want, want_lse = run_reference(case, sm_scale=0.125, return_lse=True, **options)
     tokens = own(case)
+    assert not out[case.num_used :].any()
     dtype = str(case.q.dtype)
     assert relative_rms(out[tokens], want[tokens]) < TOLERANCE[dtype]
     np.testing.assert_allclose(lse[tokens], want_lse[tokens], atol=LSE_TOLERANCE[dtype])
@@ -143,6 +144,8 @@ MUTANTS = {
     "old sums not rescaled": ("plain", "total * decay + p.sum(axis=1)", "total + p.sum(axis=1)"),
     "sink forgotten": ("window", "total = total * decay + jnp.exp2(sink - new_top)", "total = total * decay"),
     "the next row's tokens overwritten": ("plain", "(low == 0) & (high == ROWS)", "low < high"),
+    "padding not cleared": ("plain", "left = (plan.num_tokens - first)", "left = 0 * first"),
+    "one padding token not cleared": ("plain", "first = refs.cu_q_lens[plan.num_rows]", "first = refs.cu_q_lens[plan.num_rows] + 1"),
 }
 SMALL = {
     "plain": ([20, 41], [200, 50], {}, {}),
@@ -153,14 +156,18 @@ SMALL = {
 
 
 def error_of(module, name):
-    """Relative error of a small case; infinite where something is not finite or a race is seen."""
+    """Relative error of a small case; infinite where something is not finite, a race is seen, or padding is not zero."""
     q_lens, kv_lens, sizes, options = SMALL[name]
     case = case_of(q_lens, kv_lens, **sizes)
     options = case.scales | options
     try:
         out, _ = interpret(module, case, sm_scale=0.5, **options)
+    except AssertionError:
+        return np.inf
     except jax.errors.JaxRuntimeError as error:
         assert "RACE DETECTED" in str(error)
+        return np.inf
+    if out[case.num_used :].any():
         return np.inf
     out = out[: case.num_used]
     want = run_reference(case, sm_scale=0.5, **options)[: case.num_used]

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.paged_attention.mosaic_gpu.decode import decode_attention
+from pallas_kernels.paged_attention.mosaic_gpu.decode import decode_attention, query_rows
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import Tiling as PrefillTiling
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import default_tiling as prefill_tiling
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import prefill_attention, prefill_items
@@ -78,7 +78,7 @@ def unsupported(
         (kv_dtype not in (dtype, *_NARROW_DTYPES), f"pages of {kv_dtype} under queries of {dtype}"),
         (head_dim % 64 > 0 or head_dim > 256, f"head dimension {head_dim} is not a multiple of 64 up to 256"),
         (page_size % 8 > 0, f"pages of {page_size} tokens are not a multiple of 8"),
-        (group > QUERY_ROWS, f"{group} query heads a key/value head are more than {QUERY_ROWS}"),
+        (query_rows(group) > QUERY_ROWS, f"{group} query heads a key/value head do not fit in {QUERY_ROWS} rows"),
         (by_token[0] != by_token[1], "scales per token for only one of keys and values"),
         (any(by_token) and kv_dtype not in _NARROW_DTYPES, f"scales per token over pages of {kv_dtype}"),
         (any(by_token) and page_size % 32 > 0, f"scales per token of pages of {page_size} tokens: a copy needs a multiple of 32"),
@@ -151,12 +151,15 @@ def ragged_paged_attention(
         rows = (num_singles, distribution[2], work.prefill)
         others = prefill_attention(q, kv_pages, kv_lens, block_tables, cu_q_lens, *rows, **options, tiling=sizes[1])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
+    most_singles = min(num_tokens, kv_lens.shape[0])
 
-    def merge(single: Array, other: Array, empty: float) -> Array:
-        """Takes token t from row t where rows are single tokens, and ``empty`` for tokens of no row."""
-        single = jnp.pad(single[:num_tokens], ((0, max(0, num_tokens - single.shape[0])), *[(0, 0)] * (other.ndim - 1)))
-        at = token.reshape(-1, *[1] * (other.ndim - 1))
-        return jnp.where(at < num_singles, single, jnp.where(at < cu_q_lens[-1], other, empty))
+    def merge(single: Array, other: Array) -> Array:
+        """Takes token t from row t where rows are single tokens; only tokens that can be such are read and written."""
+        own = (token[:most_singles] < num_singles).reshape(-1, *[1] * (other.ndim - 1))
+        return other.at[:most_singles].set(jnp.where(own, single[:most_singles], other[:most_singles]))
 
-    out = merge(singles[0], others[0], 0.0)
-    return (out, merge(singles[1], others[1], -jnp.inf)) if return_lse else out
+    out = merge(singles[0], others[0])
+    if not return_lse:
+        return out
+    lse = jnp.where((token < cu_q_lens[-1])[:, None], others[1], -jnp.inf)
+    return out, merge(singles[1], lse)

@@ -70,6 +70,7 @@ class _Plan:
     split: int
     num_rows: int
     num_items: int
+    flat_queries: int
     sliding_window: int | None
     soft_cap: float | None
     dtype: Any
@@ -92,8 +93,8 @@ class _Plan:
 
     @property
     def query_rows(self) -> int:
-        """Rows of Q that are copied: shared memory is tiled by eight rows."""
-        return -(-self.group // 8) * 8
+        """Rows of Q, a token's head each, that are copied for one key/value head, its neighbours' among them."""
+        return query_rows(self.group)
 
     @property
     def widens(self) -> bool:
@@ -112,6 +113,15 @@ class _Plan:
     @property
     def head_blocks(self) -> int:
         return -(-self.num_heads // self.heads_per_block)
+
+
+def query_rows(group: int) -> int:
+    """Returns how many rows of queries hold the ``group`` heads of any key/value head.
+
+    Shared memory is tiled by eight rows, so what is copied begins and ends at multiples of eight heads of the flat queries. The heads
+    of a key/value head begin at a multiple of ``group``, and so up to ``8 - gcd(group, 8)`` rows behind a multiple of eight.
+    """
+    return -(-(group + 8 - math.gcd(group, 8)) // 8) * 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -198,6 +208,13 @@ def _item(plan: _Plan, refs: _Refs, cta: Any, turn: Any, stream: Any) -> _Item:
     end = jnp.minimum(start + plan.split, kv_len)
     num_tiles = _divide(jnp.maximum(end - begin, 0) + (tiling.block_kv - 1), tiling.block_kv)
     return _Item(exists, index, row, _remainder(place, plan.num_kv_heads), kv_len, begin, end, jnp.where(exists, num_tiles, 0))
+
+
+def _query_block(plan: _Plan, row: Any, head: Any) -> tuple[Any, Any]:
+    """Returns the first of the rows of flat queries that are copied for a key/value head, and the place of its own heads in them."""
+    first = (row * plan.num_kv_heads + head) * plan.group
+    start = jnp.minimum(first - _remainder(first, 8), plan.flat_queries - plan.query_rows)
+    return start, first - start
 
 
 def _turns(plan: _Plan, refs: _Refs, cta: Any) -> Any:
@@ -366,7 +383,8 @@ def _add_values(plan: _Plan, shared: _Shared, ring: _Ring, slot: Any, stream: An
 
 
 def _fetch_queries(plan: _Plan, refs: _Refs, shared: _Shared, item: _Item, stream: Any) -> None:
-    source = refs.q.at[item.row * plan.num_kv_heads + item.head]
+    start, _ = _query_block(plan, item.row, item.head)
+    source = refs.q.at[pl.ds(pl.multiple_of(start, 8), plan.query_rows)]
     plgpu.copy_gmem_to_smem(source, shared.q.at[stream, pl.ds(0, plan.query_rows)], shared.q_full.at[stream])
 
 
@@ -381,6 +399,7 @@ def _store(plan: _Plan, refs: _Refs, shared: _Shared, item: _Item, stream: Any, 
 
     @pl.when(item.num_tiles > 0)
     def _() -> None:
+        _, offset = _query_block(plan, item.row, item.head)
         heads = pl.ds(item.head * plan.group, plan.group)
         width = plan.tiling.out_columns or plan.head_dim
         share = lax.broadcast_in_dim(refs.factors[1] / divisor, (QUERY_ROWS, width), [0])
@@ -390,7 +409,7 @@ def _store(plan: _Plan, refs: _Refs, shared: _Shared, item: _Item, stream: Any, 
             shared.out[stream] = lax.slice(acc, (0, start), (QUERY_ROWS, start + width)) * share
             plgpu.commit_smem()
             there = refs.out.at[item.index, heads, pl.ds(start, width)]
-            plgpu.copy_smem_to_gmem(shared.out.at[stream, pl.ds(0, plan.group)], there)
+            plgpu.copy_smem_to_gmem(shared.out.at[stream, pl.ds(offset, plan.group)], there)
 
 
 def _attend(plan: _Plan, refs: _Refs, shared: _Shared, rings: tuple[_Ring, _Ring], cta: Any, stream: Any) -> None:
@@ -515,7 +534,9 @@ def _attend_items(
     factors: Float[Array, " 2"],
 ) -> tuple[Float[Array, "W Hpad D"], Float[Array, "W K R"]]:
     """Returns the items' outputs and their log-sums in base 2; the output of an item without keys is undefined."""
-    queries = jnp.pad(q.reshape(-1, plan.group, plan.head_dim), ((0, 0), (0, plan.query_rows - plan.group), (0, 0)))
+    queries = q.reshape(-1, plan.head_dim)
+    if plan.flat_queries != queries.shape[0]:
+        queries = jnp.pad(queries, ((0, plan.flat_queries - queries.shape[0]), (0, 0)))
     return plgpu.kernel(
         functools.partial(_attend_entry, plan),
         out_type=[
@@ -526,6 +547,7 @@ def _attend_items(
         grid_names=("cta",),
         num_threads=plan.tiling.compute_warpgroups + 1,
         thread_name="warpgroup",
+        kernel_name="paged_attention_decode",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(queries, kv_pages, *scales, *items, block_tables, factors)
 
@@ -553,11 +575,15 @@ def _merge_entry(plan: _Plan, partial: Any, partial_lse: Any, first_items: Any, 
     first = first_items[row]
     count = first_items[row + 1] - first
     heads = [jnp.minimum(place + h, plan.num_heads - 1) for h in range(plan.heads_per_block)]
+    kv_heads = [_divide(head, plan.group) for head in heads]
+    places = [
+        (kv_head, _query_block(plan, row, kv_head)[1] + _remainder(head, plan.group)) for head, kv_head in zip(heads, kv_heads, strict=True)
+    ]
     here = pl.ds(place, plan.heads_per_block)
 
     def load(split: Any) -> tuple[list[Any], Any]:
         item = first + jnp.minimum(split, count - 1)
-        lses = [partial_lse[item, _divide(head, plan.group), _remainder(head, plan.group)] for head in heads]
+        lses = [partial_lse[item, kv_head, place] for kv_head, place in places]
         return [jnp.where(split < count, x, -jnp.inf) for x in lses], plgpu.layout_cast(partial[item, here], layout)
 
     def visit(trip: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:
@@ -607,6 +633,7 @@ def _merge_rows(
         grid_names=("row", "heads"),
         num_threads=1,
         thread_name="warpgroup",
+        kernel_name="paged_attention_merge",
         compiler_params=plgpu.CompilerParams(approx_math=True, reduction_scratch_bytes=0),
     )(partial, partial_lse, items.first, sinks)
     return out[:, : plan.num_heads], lse[:, : plan.num_heads]
@@ -645,15 +672,17 @@ def decode_attention(
         Outputs in q's dtype and float32 log-sums; 0 and -inf for rows without items or keys.
     """
     page_size, num_kv, head_dim = kv_pages.shape[1:]
+    group = q.shape[1] * 2 // num_kv
     token_scales = k_scale is not None and jnp.ndim(k_scale) == 3
     plan = _Plan(
-        group=q.shape[1] * 2 // num_kv,
+        group=group,
         num_kv_heads=num_kv // 2,
         head_dim=head_dim,
         page_size=page_size,
         split=split_tokens(page_size, block_tables.shape[1]),
         num_rows=items.first.shape[0] - 1,
         num_items=items.rows.shape[0],
+        flat_queries=max(-(-q.shape[0] * q.shape[1] // 8) * 8, query_rows(group)),
         sliding_window=sliding_window,
         soft_cap=soft_cap,
         dtype=q.dtype,

@@ -11,9 +11,11 @@ the hygiene that a shared pool needs are this kernel's own.
 the same keys: of two heads of one kv head and the same 64 tokens where a kv head has an even number of query heads, else of one head and
 128 tokens in a row. Two heads are preferred since short rows then leave no warpgroup idle and both end at the same key. A *unit* is such a
 pair. Units are numbered kv head by kv head, so that those that run at one time read the same pages, from the L2 cache; within a row the
-last tile comes first, since it sees the most keys. The grid is eight thread blocks for each of 132 multiprocessors, of which one fits at a
-time: the hardware hands out the next to whoever is free, which balances a causal triangle better than a fixed share each, and a thread
-block with more than one unit fetches the next one's queries and keys while it finishes the last.
+last tile comes first, since it sees the most keys. The grid has a thread block for each unit of a row that fills the step; one fits on a
+multiprocessor at a time, and the hardware hands out the next to whoever is free, which balances a causal triangle better than a fixed
+share each (8k tokens on an H100: 4 % faster than eight blocks a multiprocessor, 13 % faster than one). Many short rows have more units:
+then a thread block with more than one fetches the next one's queries and keys while it finishes the last. Blocks without a unit zero the
+tokens that belong to no row.
 
 **Pages.** A K/V tile is a run of positions, whatever the page size: it is filled by copies of the longest multiple of 8 tokens that divides
 a page and fits a tile, one TMA copy for each of K and V, straight from the interleaved pool. If such copies do not fill a tile of
@@ -83,6 +85,9 @@ LOG2E = math.log2(math.e)
 ROWS = 64
 """Query tokens of a warpgroup's tile: the M of wgmma."""
 
+_MULTIPROCESSORS = 132
+"""Of an H100 or H200 (SXM)."""
+
 _LANES = 64
 """Numbers of a 128-byte line of bf16 or fp16: the width of the swizzled tiles in shared memory."""
 
@@ -103,7 +108,9 @@ class Tiling:
         block_kv: Keys of a K/V tile in shared memory, a multiple of 64.
         stages: Tiles of K and of V in flight.
         separate_out: Whether the outputs have a buffer of their own, so that the next queries are fetched while they are stored.
-        num_ctas: Thread blocks that share the units of work, each taking every ``num_ctas``-th; None for one a unit.
+        loops: Whether a thread block serves several units, if there are more than thread blocks; else there is one for each unit.
+        num_ctas: Thread blocks that share the units, each taking every ``num_ctas``-th; None for as many as one row that fills
+            the step has units. Only where it loops.
         compute_registers: Registers of a thread of a compute warpgroup. Twice these and once the next may come to 504.
         memory_registers: Registers of a thread of the memory warpgroup.
         p_smem: Whether the probabilities go through shared memory and the sums through a second accumulator, as jax's interpreter wants.
@@ -112,7 +119,8 @@ class Tiling:
     block_kv: int = 128
     stages: int = 2
     separate_out: bool = True
-    num_ctas: int | None = 8 * 132
+    loops: bool = True
+    num_ctas: int | None = None
     compute_registers: int = 224
     memory_registers: int = 56
     p_smem: bool = False
@@ -145,12 +153,12 @@ def default_tiling(head_dim: int, kv_itemsize: int = 2) -> Tiling:
             return Tiling(stages=4, compute_registers=208, memory_registers=88)
         if head_dim <= 128:
             return Tiling(separate_out=False, compute_registers=208, memory_registers=88)
-        return Tiling(block_kv=64, stages=1, separate_out=False, num_ctas=None, compute_registers=216, memory_registers=72)
+        return Tiling(block_kv=64, stages=1, separate_out=False, loops=False, compute_registers=216, memory_registers=72)
     if head_dim <= 64:
         return Tiling(stages=4)
     if head_dim <= 128:
         return Tiling()
-    return Tiling(block_kv=64, separate_out=False, num_ctas=None)
+    return Tiling(block_kv=64, separate_out=False, loops=False)
 
 
 def prefill_items(
@@ -199,6 +207,7 @@ class _Plan:
     """What is known when the kernel is built, and what follows from it."""
 
     num_tokens: int
+    num_rows: int
     num_heads: int
     num_kv_heads: int
     head_dim: int
@@ -206,10 +215,26 @@ class _Plan:
     dtype: Any
     kv_dtype: Any
     token_scales: bool
+    num_ctas: int
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
     tiling: Tiling
+
+    @property
+    def cleared_heads(self) -> int:
+        """Heads of a token that are zeroed at once, so that each of 128 threads has as many numbers."""
+        return 1 if self.head_dim % 128 == 0 else 2
+
+    @property
+    def clears_padding(self) -> bool:
+        """Whether the kernel zeroes the tokens of no row."""
+        return self.num_heads % self.cleared_heads == 0
+
+    @property
+    def fetched_rows(self) -> int:
+        """Query tokens that are fetched for a tile: all there are, if a tile is more. What lies behind them is never stored."""
+        return min(ROWS, self.num_tokens)
 
     @property
     def group(self) -> int:
@@ -398,7 +423,7 @@ def _tile(plan: _Plan, unit: _Unit, wg: Any) -> _Tile:
     """Returns the part of warpgroup ``wg``; fetching stays within the array."""
     nominal = unit.nominal if plan.paired_heads else unit.nominal + wg * ROWS
     return _Tile(
-        base=jnp.minimum(nominal, _i32(plan.num_tokens - ROWS)),
+        base=jnp.minimum(nominal, _i32(plan.num_tokens - plan.fetched_rows)),
         first=jnp.maximum(nominal, unit.start),
         head=unit.head + wg if plan.paired_heads else unit.head,
         slot=unit.slot if plan.paired_heads else unit.slot + wg,
@@ -418,8 +443,8 @@ def _fetch(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any) -> 
 
         for w in range(2):
             tile = _tile(plan, unit, w)
-            source = refs.q.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head]
-            plgpu.copy_gmem_to_smem(source, smem.q.at[w], bars.q_full.at[w])
+            source = refs.q.at[pl.ds(pl.multiple_of(tile.base, 8), plan.fetched_rows), tile.head]
+            plgpu.copy_gmem_to_smem(source, smem.q.at[w, pl.ds(0, plan.fetched_rows)], bars.q_full.at[w])
 
         stream = _stream_widened if plan.narrow else _stream
         stream(plan, refs, smem, bars, unit, ring)
@@ -579,8 +604,8 @@ def _for_copies(plan: _Plan, refs: _Refs, unit: _Unit, i: Any, ids: tuple[Any, .
 def _loop_over_units(plan: _Plan, refs: _Refs, cta: Any, body: Any) -> tuple[Any, Any]:
     """Runs ``body(is_first, unit, tiles so far)`` for the thread block's units; returns how many there were, and their tiles."""
     units = _units_per_kv_head(plan, refs) * _i32(plan.num_kv_heads)
-    ctas = plan.tiling.num_ctas
-    if ctas is None:
+    ctas = plan.num_ctas
+    if not plan.tiling.loops:
         mine = (cta < units).astype(jnp.int32)
         return mine, lax.cond(mine > 0, lambda: body(True, _unit(plan, refs, cta), _i32(0)), lambda: _i32(0))
     mine = lax.div(jnp.maximum(units - cta + (ctas - 1), 0), _i32(ctas))
@@ -686,6 +711,26 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
 
     _loop_over_units(plan, refs, cta, unit_body)
     plgpu.wait_smem_to_gmem(0)
+    if plan.clears_padding:
+        _clear_padding(plan, refs, 2 * cta + wg)
+
+
+def _clear_padding(plan: _Plan, refs: _Refs, place: Any) -> None:
+    """Zeroes the tokens behind the last row; ``place`` is the warpgroup's among all. Mostly it is thread blocks without units that do."""
+    shape = (plan.cleared_heads, plan.head_dim)
+    numbers = math.prod(shape) // 128
+    layout = plgpu.Layout.WG_STRIDED(shape, vec_size=numbers)
+    zeros = plgpu.layout_cast(jnp.zeros(shape, plan.dtype), layout)
+    blocks = plan.num_heads // plan.cleared_heads
+    first = refs.cu_q_lens[plan.num_rows]
+
+    def clear(i: Any, _: Any) -> None:
+        index = place + i * _i32(2 * plan.num_ctas)
+        token = first + lax.div(index, _i32(blocks))
+        refs.out[token, pl.ds(lax.rem(index, _i32(blocks)) * plan.cleared_heads, plan.cleared_heads)] = zeros
+
+    left = (plan.num_tokens - first) * blocks - place
+    lax.fori_loop(0, lax.div(jnp.maximum(left, 0) + (2 * plan.num_ctas - 1), _i32(2 * plan.num_ctas)), clear, None)
 
 
 def _add_values(acc: Any, p: Any, v: Any, *, in_place: bool) -> Any:
@@ -765,9 +810,11 @@ def _store(plan: _Plan, refs: _Refs, tile: _Tile, end: Any, out_smem: Any, line_
     low = tile.first - tile.base
     high = jnp.minimum(end - tile.base, ROWS)
 
-    @pl.when((low == 0) & (high == ROWS))
-    def _() -> None:
-        plgpu.copy_smem_to_gmem(out_smem, refs.out.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head])
+    if plan.fetched_rows == ROWS:
+
+        @pl.when((low == 0) & (high == ROWS))
+        def _() -> None:
+            plgpu.copy_smem_to_gmem(out_smem, refs.out.at[pl.ds(pl.multiple_of(tile.base, 8), ROWS), tile.head])
 
     @pl.when((low < high) & ((low > 0) | (high < ROWS)))
     def _() -> None:
@@ -864,7 +911,7 @@ def prefill_attention(
     v_scale: float | Float[Array, ""] | Float[Array, "N K B"] | None = None,
     tiling: Tiling | None = None,
 ) -> tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
-    """Attends the tokens of the rows from ``first_row`` to ``end_row``; a token of any other row gets whatever memory held.
+    """Attends the tokens of the rows from ``first_row`` to ``end_row``.
 
     Args:
         q: Query tokens, bfloat16 or float16; D a multiple of 64 up to 256.
@@ -884,18 +931,22 @@ def prefill_attention(
         tiling: Sizes; None for the default of D.
 
     Returns:
-        Outputs and log-sums.
+        Outputs and log-sums; zeros for tokens behind the last row, and whatever memory held for tokens of rows that are not served.
     """
     del first_row, end_row  # the items know
     num_tokens, num_heads, head_dim = q.shape
-    padded = -(-num_tokens // ROWS) * ROWS
+    padded = -(-num_tokens // 8) * 8
     if padded != num_tokens:
         q = jnp.pad(q, ((0, padded - num_tokens), (0, 0), (0, 0)))
     token_scales = k_scale is not None and jnp.ndim(k_scale) == 3
+    capacity, num_kv_heads = items.rows.shape[0], kv_pages.shape[2] // 2
+    tiling = tiling or default_tiling(head_dim, kv_pages.dtype.itemsize)
     plan = _Plan(
         num_tokens=padded,
+        num_rows=kv_lens.shape[0],
         num_heads=num_heads,
-        num_kv_heads=kv_pages.shape[2] // 2,
+        num_kv_heads=num_kv_heads,
+        num_ctas=0,
         head_dim=head_dim,
         page_size=kv_pages.shape[1],
         dtype=q.dtype,
@@ -904,8 +955,9 @@ def prefill_attention(
         sm_scale=sm_scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        tiling=tiling or default_tiling(head_dim, kv_pages.dtype.itemsize),
+        tiling=tiling,
     )
+    plan = dataclasses.replace(plan, num_ctas=_grid_size(plan, capacity))
     operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens]
     operands += [*(items[:2] if plan.paired_heads else items[2:4]), items.counts, items.first_slots]
     if sinks is not None:
@@ -915,22 +967,37 @@ def prefill_attention(
         operands.append(jnp.stack([jnp.asarray(1.0 if s is None else s, jnp.float32) for s in (k_scale, v_scale)]))
     if token_scales:
         operands += [k_scale, v_scale]
-    capacity = items.rows.shape[0]
-    # The grid has no more thread blocks than there can be units.
-    max_units = capacity * plan.units_per_item * plan.num_kv_heads
     out, lse_tiles = plgpu.kernel(
         functools.partial(_entry, plan, sinks is not None, has_factors),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
             jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
         ],
-        grid=(min(plan.tiling.num_ctas or max_units, max_units),),
+        grid=(plan.num_ctas,),
         grid_names=("cta",),
         num_threads=3,
         thread_name="wg",
+        kernel_name="paged_attention_prefill",
         compiler_params=plgpu.CompilerParams(approx_math=True),
     )(*operands)
+    if not plan.clears_padding:
+        out = jnp.where((jnp.arange(padded) < cu_q_lens[-1])[:, None, None], out, jnp.zeros((), out.dtype))
     return out[:num_tokens], _token_lse(lse_tiles, cu_q_lens, items, num_tokens=num_tokens, padded=padded)
+
+
+def _grid_size(plan: _Plan, capacity: int) -> int:
+    """Returns the number of thread blocks: no more than there can be units.
+
+    Where blocks loop it is the units of one row that fills the step, at least a block for each multiprocessor. So a prefill's units are
+    handed out by the hardware one by one, while a step of single tokens, which has none, does not start thousands of blocks for nothing.
+    """
+    tiling = plan.tiling
+    most = capacity * plan.units_per_item * plan.num_kv_heads
+    if not tiling.loops:
+        return most
+    tiles = -(-plan.num_tokens // ROWS)
+    full = (tiles if plan.paired_heads else -(-tiles // 2)) * plan.units_per_item * plan.num_kv_heads
+    return min(most, tiling.num_ctas or max(_MULTIPROCESSORS, full))
 
 
 def _token_lse(
@@ -942,5 +1009,5 @@ def _token_lse(
     row = jnp.minimum(row, cu_q_lens.shape[0] - 2)
     aligned = cu_q_lens[row] // 8 * 8
     tile = (token - aligned) // ROWS
-    offset = token - jnp.minimum(aligned + tile * ROWS, padded - ROWS)
+    offset = token - jnp.minimum(aligned + tile * ROWS, max(0, padded - ROWS))
     return lse_tiles[:, jnp.clip(items.first_slots[row] + tile, 0, lse_tiles.shape[1] - 1), jnp.clip(offset, 0, ROWS - 1)].T
