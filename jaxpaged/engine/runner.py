@@ -10,6 +10,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import logging
+import os
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -33,8 +34,12 @@ logger = logging.getLogger(__name__)
 
 _COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 _CACHE_HIT_EVENT = "/jax/compilation_cache/cache_hits"
-_COMPILE_THREADS = 2
-"""Programs compiled at once: XLA compiles outside Python's lock, so one is traced while another compiles."""
+_MOST_COMPILE_THREADS = 8
+
+
+def _compile_threads() -> int:
+    """Returns how many programs to compile at once: XLA compiles outside Python's lock, so one is traced while others compile."""
+    return min(_MOST_COMPILE_THREADS, max(2, (os.cpu_count() or 2) // 2))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,7 +237,7 @@ class Runner:
         started, buckets = time.monotonic(), [t for t in self.token_buckets if t not in self._programs]
         progress(0, len(buckets))
         self._warming = True
-        with concurrent.futures.ThreadPoolExecutor(_COMPILE_THREADS) as threads:
+        with concurrent.futures.ThreadPoolExecutor(_compile_threads()) as threads:
             compiling = {threads.submit(self._compile, bucket): bucket for bucket in reversed(buckets)}
             try:
                 for done, future in enumerate(concurrent.futures.as_completed(compiling), start=1):

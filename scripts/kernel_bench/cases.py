@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -14,9 +15,15 @@ from pallas_kernels.paged_attention import reference
 LEAST_BYTES_OF_ALL_LAYERS = 512 * 2**20
 """On an accelerator a program walks over as many layers' pages as this takes, several times its largest cache (60 MiB of an H200)."""
 
+_LEAST_LAYERS = 8
+"""So that what a step makes once for all layers counts about as little as in a model."""
+
 _CHECKED_TOKENS = 8
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-3, "float16": 3e-3}
 """Relative root mean square against float64, on the same rounded numbers."""
+
+PEER_TOLERANCE = 1e-2
+"""The same for others, which may round scores or sums to bfloat16: wrong is what attends to something else."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +39,7 @@ class Case:
         page_size: B.
         dtype: Of all arrays.
         aim: What the issue asks for on an H200, for people.
-        layers: Layers that a program walks over; 0 for as many as ``LEAST_BYTES_OF_ALL_LAYERS`` takes.
+        layers: Layers that a program walks over; 0 for as many as ``LEAST_BYTES_OF_ALL_LAYERS`` takes, and eight at least.
     """
 
     name: str
@@ -116,21 +123,27 @@ class Data:
 
         A token of a prefill at position p is a decode with a context of p + 1, so the reference sees single-token rows.
         """
+        tokens, want = self._checked
+        got = np.asarray(jnp.asarray(out)[tokens].astype(jnp.float32), np.float64)
+        return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(np.square(want))))
+
+    @functools.cached_property
+    def _checked(self) -> tuple[np.ndarray, np.ndarray]:
+        """The tokens that are checked and their results by the reference, which sees only the pages of their rows."""
         case, rng = self.case, np.random.default_rng(1)
         tokens = np.unique(np.append(rng.integers(0, self.q.shape[0], _CHECKED_TOKENS), self.q.shape[0] - 1))
-        rows = tokens // case.q_len
-        count = len(tokens)
+        rows, count = tokens // case.q_len, len(tokens)
+        ids, tables = np.unique(np.asarray(self.tables[1])[rows], return_inverse=True)
         want = reference.ragged_paged_attention(
             np.asarray(self.q[tokens].astype(jnp.float32)),
-            np.asarray(self.pools[0].astype(jnp.float32)),
+            np.asarray(self.pools[0][ids].astype(jnp.float32)),
             (self.lens[rows] - case.q_len + tokens % case.q_len + 1).astype(np.int32),
-            np.asarray(self.tables[1])[rows],
+            tables.reshape(count, -1).astype(np.int32),
             np.arange(count + 1, dtype=np.int32),
             np.full(3, count, np.int32),
             sm_scale=case.sm_scale,
         )
-        got = np.asarray(jnp.asarray(out)[tokens].astype(jnp.float32), np.float64)
-        return float(np.sqrt(np.mean((got - want) ** 2) / np.mean(np.square(want))))
+        return tokens, want
 
 
 def make(case: Case) -> Data:
@@ -144,7 +157,7 @@ def make(case: Case) -> Data:
         tables[row, :count] = ids[end - count : end]
     shape = (len(ids) + 1, case.page_size, 2 * case.num_kv_heads, case.head_dim)
     pool_bytes = int(np.prod(shape)) * jnp.dtype(case.dtype).itemsize
-    layers = case.layers or max(2, -(-LEAST_BYTES_OF_ALL_LAYERS // pool_bytes))
+    layers = case.layers or max(_LEAST_LAYERS, -(-LEAST_BYTES_OF_ALL_LAYERS // pool_bytes))
     keys = jax.random.split(jax.random.key(0), layers + 1)
     draw = jax.jit(jax.random.normal, static_argnums=(1, 2))
     singles = case.rows if case.decodes else 0

@@ -95,7 +95,7 @@ def _cudnn(data: Data, q: Any, layer: Any, tables: Any) -> Any:
     case = data.case
     q = q.reshape(case.rows, case.q_len, *q.shape[1:])
     options = {"scale": case.sm_scale, "implementation": "cudnn"}
-    if case.decodes:
+    if data.lens.min() != data.lens.max():
         options |= {"query_seq_lengths": jnp.ones(case.rows, jnp.int32), "key_value_seq_lengths": tables[0]}
     return jax.nn.dot_product_attention(q, *layer, is_causal=not case.decodes, **options)
 

@@ -151,12 +151,12 @@ def ragged_paged_attention(
         rows = (num_singles, distribution[2], work.prefill)
         others = prefill_attention(q, kv_pages, kv_lens, block_tables, cu_q_lens, *rows, **options, tiling=sizes[1])
     token = jnp.arange(num_tokens, dtype=jnp.int32)
-    most_singles = min(num_tokens, kv_lens.shape[0])
+    row = token[: kv_lens.shape[0]]
+    place = jnp.where(row < num_singles, row, row + num_tokens)
 
     def merge(single: Array, other: Array) -> Array:
-        """Takes token t from row t where rows are single tokens; only tokens that can be such are read and written."""
-        own = (token[:most_singles] < num_singles).reshape(-1, *[1] * (other.ndim - 1))
-        return other.at[:most_singles].set(jnp.where(own, single[:most_singles], other[:most_singles]))
+        """Puts row t in the place of token t where rows are single tokens: a scatter, which writes these alone."""
+        return other.at[place].set(single[: row.shape[0]], mode="drop", unique_indices=True)
 
     out = merge(singles[0], others[0])
     if not return_lse:
