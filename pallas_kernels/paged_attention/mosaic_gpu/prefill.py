@@ -711,8 +711,6 @@ def _attend(plan: _Plan, refs: _Refs, smem: _Smem, bars: _Barriers, cta: Any, wg
 
     _loop_over_units(plan, refs, cta, unit_body)
     plgpu.wait_smem_to_gmem(0)
-    if plan.clears_padding:
-        _clear_padding(plan, refs, 2 * cta + wg)
 
 
 def _clear_padding(plan: _Plan, refs: _Refs, place: Any) -> None:
@@ -884,6 +882,8 @@ def _entry(plan: _Plan, has_sinks: bool, has_factors: bool, *refs: Any) -> None:
         def _() -> None:
             plgpu.set_max_registers(tiling.compute_registers, action="increase")
             _attend(plan, named, scratch, bars, cta, wg)
+            if plan.clears_padding:
+                _clear_padding(plan, named, 2 * cta + wg)
 
         @pl.when(wg == 2)
         def _() -> None:
