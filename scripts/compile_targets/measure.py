@@ -18,7 +18,7 @@ import jax
 from jax.experimental import topologies
 
 from compile_targets.programs import Program, make_program
-from compile_targets.reports import Kernel, Measured, find_copies, read_ptxas
+from compile_targets.reports import Kernel, Measured, find_copies, find_sliced_operands, read_ptxas
 from compile_targets.table import Row
 from compile_targets.targets import Target
 
@@ -79,6 +79,8 @@ def measure(row: Row, target: Target, device: Any, captured: Callable[[], str], 
     memory = compiled.memory_analysis()
     problems = [str(warning.message) for warning in said if issubclass(warning.category, RuntimeWarning)]
     problems += _memory_problems(program, memory) + find_copies(text, program.layer_elements)
+    if program.custom_call == "mosaic_gpu":
+        problems += find_sliced_operands(text, program.custom_call)
     if program.custom_call and program.custom_call not in text:
         problems.append(f"no call of {program.custom_call} in the compiled program: another implementation serves it")
     if program.custom_call and target.platform == "cuda" and not kernels:

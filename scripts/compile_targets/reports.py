@@ -93,3 +93,21 @@ def find_copies(text: str, elements: int) -> list[str]:
             continue
         copies.append(f"the pages are copied: {description}")
     return copies[:3]
+
+
+def find_sliced_operands(text: str, custom_call: str) -> list[str]:
+    """Returns the calls of our kernels that XLA has fused with the slices they read, in a compiled program.
+
+    Such a kernel is handed an address within a larger array, which Mosaic GPU refuses where it is no multiple of 256 bytes.
+
+    Args:
+        text: The optimised HLO.
+        custom_call: Part of the name of the kernels' custom calls.
+    """
+    fused, computation, found = set(_CALLS.findall(text)), "", []
+    for line in text.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            computation = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
+        elif computation in fused and " custom-call(" in line and f'custom_call_target="{custom_call}' in line:
+            found.append(f"a kernel reads a slice where it lies: {computation}")
+    return found[:3]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import compile_check
 import pytest
 from compile_targets.report import line, markdown
-from compile_targets.reports import Kernel, Measured, find_copies, read_ptxas
+from compile_targets.reports import Kernel, Measured, find_copies, find_sliced_operands, read_ptxas
 from compile_targets.session import Session
 from compile_targets.table import Row
 
@@ -72,6 +72,25 @@ def test_copies_are_found():
         found = find_copies(f"{FUSED_COPY if 'fused_copy' in operation else ''}{before}  {operation}\n  ROOT{end}", 6400)
         assert len(found) == 1, operation
         assert "again" in found[0]
+
+
+SLICED = """
+%dynamic-slice-fusion (p0: s32[148], p1: bf16[256,128]) -> f32[32,32,128] {
+  %slice.1 = s32[128]{0} slice(%p0), slice={[20:148]}
+  ROOT %call.1 = f32[32,32,128]{2,1,0} custom-call(%p1, %slice.1), custom_call_target="mosaic_gpu_v2"
+}
+
+ENTRY %main (ints: s32[148], q: bf16[256,128]) -> f32[32,32,128] {
+  %whole = f32[32,32,128]{2,1,0} custom-call(%q, %ints), custom_call_target="mosaic_gpu_v2"
+  ROOT %fused = f32[32,32,128]{2,1,0} fusion(%ints, %q), kind=kCustom, calls=%dynamic-slice-fusion
+}
+"""
+
+
+def test_a_kernel_that_reads_a_slice_where_it_lies_is_found():
+    assert find_sliced_operands(SLICED, "mosaic_gpu") == ["a kernel reads a slice where it lies: dynamic-slice-fusion"]
+    assert find_sliced_operands(SLICED, "xla.gpu.triton") == []
+    assert find_sliced_operands(SLICED.replace("calls=%dynamic-slice-fusion", "calls=%other"), "mosaic_gpu") == []
 
 
 def test_a_missing_target_or_a_dead_compiler_is_a_red_row(monkeypatch):

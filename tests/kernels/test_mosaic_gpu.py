@@ -37,6 +37,7 @@ def jitted(module, tiling, page_size, static):
         q, kv_pages, kv_lens, tables, _, distribution = arrays
         items = work_list.decode_items(kv_lens, distribution[0], page_size=page_size, table_width=tables.shape[1])
         options = {"sliding_window": None, "soft_cap": None, **dict(static), **scales}
+        sinks = None if sinks is None else sinks * decode.LOG2E
         return module.decode_attention(q, kv_pages, tables, items, sm_scale=SCALE, sinks=sinks, tiling=tiling, **options)
 
     return jax.jit(call)

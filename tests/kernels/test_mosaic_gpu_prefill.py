@@ -34,7 +34,7 @@ def call(module, case, *, sinks=None, k_scale=None, v_scale=None, num_ctas=None,
         items = module.prefill_items(cu_q_lens, *rows, num_tokens=q.shape[0], tiling=tiling)
         return module.prefill_attention(q, kv_pages, kv_lens, tables, cu_q_lens, *rows, items, tiling=tiling, **options, **values)
 
-    values = {"sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
+    values = {"sinks": None if sinks is None else sinks * prefill.LOG2E, "k_scale": k_scale, "v_scale": v_scale}
     values = {name: jnp.asarray(value, jnp.float32) for name, value in values.items() if value is not None}
     return jax.jit(attend)(*map(jnp.asarray, case.arguments), values)
 

@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int, Num
 
-from pallas_kernels.paged_attention.mosaic_gpu.decode import decode_attention, query_rows
+from pallas_kernels.paged_attention.mosaic_gpu.decode import LOG2E, decode_attention, query_rows
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import Tiling as PrefillTiling
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import default_tiling as prefill_tiling
 from pallas_kernels.paged_attention.mosaic_gpu.prefill import prefill_attention, prefill_items
@@ -104,6 +105,15 @@ def make_work_list(
     return WorkList(decode, prefill)
 
 
+def _within(indices: Int[Array, "..."], highest: int) -> Int[Array, "..."]:
+    """Returns what kernels index with, kept within bounds and, what matters more, in a buffer of its own.
+
+    XLA hands a slice to a kernel where it lies in the larger array (seen with jax 0.11.2), and Mosaic GPU refuses an operand that does
+    not begin at a multiple of 256 bytes. What was computed begins there.
+    """
+    return jnp.clip(indices, 0, highest)
+
+
 def _has_only_singles(cu_q_lens: Int[Array, " S+1"], num_tokens: int) -> bool:
     """Returns whether the shapes tell that there is one token in one row, however it is announced."""
     return num_tokens == 1 and cu_q_lens.shape[0] == 2
@@ -137,8 +147,12 @@ def ragged_paged_attention(
 ) -> Float[Array, "T H D"] | tuple[Float[Array, "T H D"], Float[Array, "T H"]]:
     """Attends on a Hopper GPU; arguments as in ``pallas_kernels.paged_attention.ragged_paged_attention``, and the kernels' sizes."""
     num_tokens, _, head_dim = q.shape
+    widths = {"page_size": kv_pages.shape[1], "table_width": block_tables.shape[1]}
+    kv_lens = _within(kv_lens, math.prod(widths.values()))
+    block_tables = _within(block_tables, kv_pages.shape[0] - 1)
+    cu_q_lens = _within(cu_q_lens, num_tokens)
+    sinks = None if sinks is None else sinks * LOG2E
     if work is None:
-        widths = {"page_size": kv_pages.shape[1], "table_width": block_tables.shape[1]}
         work = make_work_list(kv_lens, cu_q_lens, distribution, num_tokens=num_tokens, **widths)
     options = {"sm_scale": sm_scale, "sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks}
     options |= {"k_scale": k_scale, "v_scale": v_scale}

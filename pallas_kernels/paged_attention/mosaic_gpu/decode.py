@@ -609,7 +609,7 @@ def _merge_entry(plan: _Plan, partial: Any, partial_lse: Any, first_items: Any, 
     shares = []
     for h, head in enumerate(heads):
         seen = totals[h] > 0
-        sink = sinks[head] * LOG2E
+        sink = sinks[head]
         top = jnp.maximum(tops[h], sink)
         decay = jnp.exp2(tops[h] - top)
         total = jnp.where(seen, totals[h] * decay + jnp.exp2(sink - top), 1.0)
@@ -663,7 +663,7 @@ def decode_attention(
         sm_scale: Multiplies the scores.
         sliding_window: Positions that a query sees, or None.
         soft_cap: Bound of the scores, or None.
-        sinks: One more score per head, or None.
+        sinks: One more score per head, in base 2, or None.
         k_scale: None, a scalar, or float32 ``[N, K, B]``; ``v_scale`` is of the same kind.
         v_scale: The same of values.
         tiling: Static sizes.

@@ -780,7 +780,7 @@ def _finish(refs: _Refs, tile: _Tile, acc: Any, top: Any, total: Any) -> tuple[A
     """Returns outputs and log-sums, 0 and -inf for queries without a key, sink or not."""
     some = total > 0
     if refs.sinks is not None:
-        sink = _of_rows(refs.sinks[tile.head] * LOG2E)
+        sink = _of_rows(refs.sinks[tile.head])
         new_top = jnp.maximum(top, sink)
         decay = jnp.exp2(top - new_top)
         acc = acc * lax.broadcast_in_dim(decay, acc.shape, [0])
@@ -925,7 +925,7 @@ def prefill_attention(
         sm_scale: Multiplies the scores.
         sliding_window: Positions that a query sees.
         soft_cap: Bound of the scores.
-        sinks: A score of each head that joins the sum.
+        sinks: A score of each head, in base 2, that joins the sum.
         k_scale: What stored keys are multiplied with: a positive scalar, or float32 ``[N, K, B]`` for narrow pages.
         v_scale: The same of values; of the same kind.
         tiling: Sizes; None for the default of D.
