@@ -6,8 +6,9 @@ The names below are loaded on first use, so that importing a part (``jaxpaged.sc
 from __future__ import annotations
 
 import importlib
-import importlib.metadata
 from typing import TYPE_CHECKING, Any
+
+from jaxpaged.version import installed_version
 
 if TYPE_CHECKING:
     from jaxpaged.engine.loading import load_model as load_model
@@ -53,7 +54,7 @@ __all__ = [*_HOMES, "__version__"]
 
 def __getattr__(name: str) -> Any:
     if name == "__version__":
-        return importlib.metadata.version("jaxpaged")
+        return installed_version()
     if name not in _HOMES:
         raise AttributeError(f"module 'jaxpaged' has no attribute {name!r}")
     return getattr(importlib.import_module(_HOMES[name]), name)

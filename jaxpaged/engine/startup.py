@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import platform
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -31,6 +30,7 @@ from jaxpaged.models.model import Model, Params
 from jaxpaged.scheduling.buckets import token_buckets
 from jaxpaged.scheduling.fields import SAMPLING_FIELDS
 from jaxpaged.scheduling.scheduler import Scheduler
+from jaxpaged.version import installed_version
 
 _DEFAULT_SEQS = {"cpu": 64}
 _DEFAULT_TOKENS = {"cpu": 256}
@@ -157,8 +157,8 @@ def _headline(device: jax.Device) -> str:
     stats = device.memory_stats() or {}
     memory = f" ({gib(stats['bytes_limit'])})" if "bytes_limit" in stats else ""
     kind = "cpu" if device.platform == "cpu" else f"{device.platform}:{device.device_kind}"
-    version = importlib.metadata.version("jaxpaged")
-    return f"jaxpaged {version} · jax {jax.__version__} · {kind} ×{jax.device_count()}{memory} · python {platform.python_version()}"
+    python = f"python {platform.python_version()}"
+    return f"jaxpaged {installed_version()} · jax {jax.__version__} · {kind} ×{jax.device_count()}{memory} · {python}"
 
 
 def _load_weights(config: EngineConfig, directory: Path, progress: Progress) -> tuple[Model, Params]:

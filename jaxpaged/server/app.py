@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
@@ -32,6 +31,7 @@ from jaxpaged.server.protocol import (
     shown_names,
 )
 from jaxpaged.server.service import Service, explain
+from jaxpaged.version import installed_version
 
 _READ = ["GET", "HEAD"]
 
@@ -48,7 +48,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str
     Returns:
         The application; ``app.state.service`` holds the calls in flight.
     """
-    service = Service(engine, config, names=config.served_model_name or names, version=_version())
+    service = Service(engine, config, names=config.served_model_name or names, version=installed_version())
     routes = Routes(service)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, routes=routes.table())
     app.state.service = service
@@ -182,13 +182,6 @@ class _Generate:
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
         return self._service.generate(self._parse, scope, receive, send)
-
-
-def _version() -> str:
-    try:
-        return importlib.metadata.version("jaxpaged")
-    except importlib.metadata.PackageNotFoundError:
-        return "unknown"
 
 
 def _ignored(names: Sequence[str]) -> dict[str, str]:

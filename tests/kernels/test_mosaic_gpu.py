@@ -291,6 +291,47 @@ def test_says_when_only_one_of_the_scales_is_per_token():
     assert "only one" in mosaic_gpu.unsupported(q, kv, k_scale=jax.ShapeDtypeStruct((9, 2, 64), jnp.float32), v_scale=None)
 
 
+VIEWS = ("slice", "split", "reshape", "squeeze", "dynamic_slice")
+
+
+def kernel_operands(jaxpr, views):
+    """Returns each kernel's operands that XLA may make views of an argument, and which results are such; ``views`` tells of the inputs."""
+    is_view = dict(zip(jaxpr.invars, views, strict=True))
+    found = []
+    for eqn in jaxpr.eqns:
+        ins = [not hasattr(x, "val") and is_view.get(x, False) for x in eqn.invars]
+        outs = [eqn.primitive.name in VIEWS and ins[0]] * len(eqn.outvars)
+        if eqn.primitive.name == "custom_vmap_call":
+            found.append([x.aval for x, view in zip(eqn.invars, ins, strict=True) if view])
+        elif eqn.primitive.name in ("jit", "pjit"):
+            inner, outs = kernel_operands(eqn.params["jaxpr"].jaxpr, ins)
+            found += inner
+        is_view |= dict(zip(eqn.outvars, outs, strict=True))
+    return found, [not hasattr(x, "val") and is_view.get(x, False) for x in jaxpr.outvars]
+
+
+def test_no_kernel_reads_a_slice_of_the_callers_array():
+    """XLA would hand it over where it lies, and Mosaic GPU refuses what does not begin at a multiple of 256 bytes: so it was on an H200."""
+    rows, width, heads = 8, 8, 32
+
+    def call(q, kv_pages, ints, all_sinks):
+        lens, cu, distribution, table = jnp.split(ints, np.cumsum([rows, rows + 1, 3]))
+        table = table.reshape(rows, width)
+        return mosaic_gpu.ragged_paged_attention(q, kv_pages, lens, table, cu, distribution, sm_scale=SCALE, sinks=all_sinks[1])
+
+    shapes = [
+        ((16, heads, 128), "bfloat16"),
+        ((20, 64, 16, 128), "bfloat16"),
+        ((2 * rows + 4 + rows * width,), "int32"),
+        ((2, heads), "float32"),
+    ]
+    jaxpr = jax.make_jaxpr(call)(*[jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in shapes]).jaxpr
+    kernels, _ = kernel_operands(jaxpr, [True] * len(shapes))
+    assert len(kernels) == 3
+    for views in kernels:  # of queries and pages any part begins well
+        assert not [view for view in views if view.dtype != jnp.bfloat16]
+
+
 LOWERED = [
     # (query heads, key/value heads, head dimension, page size, dtype of the pages, options)
     (32, 8, 128, 64, "bfloat16", {}),
