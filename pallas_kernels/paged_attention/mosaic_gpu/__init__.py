@@ -105,7 +105,7 @@ def make_work_list(
     return WorkList(decode, prefill)
 
 
-def _within(indices: Int[Array, "..."], highest: int) -> Int[Array, "..."]:
+def _within(indices: Int[Array, " *shape"], highest: int) -> Int[Array, " *shape"]:
     """Returns what kernels index with, kept within bounds and, what matters more, in a buffer of its own.
 
     XLA hands a slice to a kernel where it lies in the larger array (seen with jax 0.11.2), and Mosaic GPU refuses an operand that does
