@@ -30,8 +30,8 @@ at once; the memory for partial results is that of ``min(S, T)`` rows of full bl
 
 Pallas-Triton uses neither TMA nor warps of different roles, so ``mosaic_gpu`` comes first on Hopper. Upstream has deprecated it (from
 jax 0.11 on, a DeprecationWarning where a call is lowered, which Python hides by default), so it is used in this file alone. The kernels
-are compiled for sm_80 and sm_89 by ``tests/kernels/compile_triton.py`` and for sm_90 by ``scripts/compile_check.py``, and run in
-Pallas' interpreter; none was ever run on a GPU.
+are compiled for sm_80 and sm_89 by ``tests/kernels/compile_triton.py`` and for sm_90 by ``scripts/compile_check.py``, run in Pallas'
+interpreter, and were tested and timed on an H100 and an H200 (docs/kernels.md); never on Ampere or Ada.
 
 float8_e4m3fn is widened by integer operations, on all GPUs: Triton converts it from compute capability 8.9 on only, and for which
 device a call will be lowered cannot be asked here. It takes about five integer operations a number, where a conversion takes half of

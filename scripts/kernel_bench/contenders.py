@@ -97,7 +97,7 @@ def _cudnn(data: Data, q: Any, layer: Any, tables: Any) -> Any:
     options = {"scale": case.sm_scale, "implementation": "cudnn"}
     if data.lens.min() != data.lens.max():
         options |= {"query_seq_lengths": jnp.ones(case.rows, jnp.int32), "key_value_seq_lengths": tables[0]}
-    return jax.nn.dot_product_attention(q, *layer, is_causal=not case.decodes, **options)
+    return jax.nn.dot_product_attention(q, *layer, is_causal=not case.decodes, **options).reshape(data.q.shape)
 
 
 def _jax_paged(data: Data) -> tuple[Any, float]:
