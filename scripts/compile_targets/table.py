@@ -198,14 +198,3 @@ def rows() -> tuple[Row, ...]:
     """Returns every row, target by target."""
     parts = (_attention_rows, _other_rows, _sample_rows, _step_rows)
     return tuple(row for target in TARGETS.values() for part in parts for row in part(target))
-
-
-_ALL_BUCKETS_IN_TESTS = ("v5e", "H200")
-"""Whose steps the tests compile at every bucket: of each compiler the chip that it is done with first. The others' at the least, the
-decode-only and the largest one; all together would take two cores more than half an hour."""
-
-
-def rows_of_the_tests() -> tuple[Row, ...]:
-    """Returns the rows of ``pytest -m aot``: every kernel on every chip, every bucket of the step on two of them."""
-    few = {"1", str(MAX_NUM_SEQS), str(MAX_NUM_BATCHED_TOKENS)}
-    return tuple(row for row in rows() if row.program != "step" or row.target in _ALL_BUCKETS_IN_TESTS or row.call in few)
