@@ -192,6 +192,7 @@ def test_the_unchanged_source_passes_the_case_of_the_faults():
     assert error(decode) <= TOLERANCE["bfloat16"]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_fault_is_noticed(name):
@@ -216,6 +217,7 @@ UNAWAITED = {
 }
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", UNAWAITED)
 def test_an_await_left_out_is_noticed(name):

@@ -180,6 +180,7 @@ def test_the_unchanged_source_passes(name):
     assert error_of(prefill, name) < TOLERANCE["bfloat16"]
 
 
+@pytest.mark.slow
 @interpreted
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant_is_noticed(name, monkeypatch):

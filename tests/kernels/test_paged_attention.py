@@ -66,7 +66,14 @@ def matrix():
             yield pytest.param(name, row, marks=slow, id="-".join([name, *(str(v) for v in row.values())]).replace(" ", "_"))
 
 
-@pytest.fixture(params=SUBJECTS)
+def subjects():
+    """The interpreter of Mosaic GPU is far the slowest; its own files have quicker tests of the kind."""
+    for name in SUBJECTS:
+        slow = [pytest.mark.slow] if name == "mosaic_gpu" and SUBJECTS[name].interpreted else []
+        yield pytest.param(name, marks=slow)
+
+
+@pytest.fixture(params=subjects())
 def subject(request):
     subject = SUBJECTS[request.param]
     if reason := subject.missing():
