@@ -41,10 +41,10 @@ class Ceilings:
         return f"copy {self.copy / 1e9:.1f} GB/s, read {self.read / 1e9:.1f} GB/s, matrix product {self.matmul / 1e12:.2f} TFLOP/s"
 
 
-def measure(case: Case, ceilings: Ceilings, contenders: list[Contender]) -> tuple[list[tuple[str, ...]], bool]:
+def measure(case: Case, ceilings: Ceilings, running: list[Contender]) -> tuple[list[tuple[str, ...]], bool]:
     """Returns a case's lines, and whether every result was right."""
     data, lines, right = make(case), [], True
-    for contender in contenders:
+    for contender in running:
         head = (case.name, contender.name)
         try:
             out, seconds = contender.run(data)

@@ -17,9 +17,9 @@ sys.path.insert(0, str(Path(__file__).parent))
 def _forget_cache_directory() -> Iterator[None]:
     """Takes back the compile cache that a test gave JAX: an engine with none of its own would go on using it, and find nothing in it."""
     yield
-    jax = sys.modules.get("jax")
-    if jax is not None and jax.config.jax_compilation_cache_dir is not None:
+    jax, given = sys.modules.get("jax"), os.environ.get("JAX_COMPILATION_CACHE_DIR")
+    if jax is not None and jax.config.jax_compilation_cache_dir != given:
         from jax.experimental.compilation_cache import compilation_cache
 
-        jax.config.update("jax_compilation_cache_dir", None)
+        jax.config.update("jax_compilation_cache_dir", given)
         compilation_cache.reset_cache()

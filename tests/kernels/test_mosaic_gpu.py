@@ -277,6 +277,8 @@ def test_tilings_fit_in_shared_memory(head_dim, kv_itemsize):
         ((4, 8, 512), (9, 64, 4, 512), ("bfloat16", "bfloat16"), 0, "head dimension 512"),
         ((4, 8, 128), (9, 20, 4, 128), ("bfloat16", "bfloat16"), 0, "pages of 20 tokens"),
         ((4, 65, 64), (9, 64, 2, 64), ("bfloat16", "bfloat16"), 0, "65 query heads"),
+        ((4, 59, 64), (9, 64, 2, 64), ("bfloat16", "bfloat16"), 0, "59 query heads"),
+        ((4, 60, 64), (9, 64, 2, 64), ("bfloat16", "bfloat16"), 0, None),
         ((4, 8, 128), (9, 16, 4, 128), ("bfloat16", "int8"), 3, "scales per token of pages of 16"),
         ((4, 8, 128), (9, 64, 4, 128), ("bfloat16", "bfloat16"), 3, "scales per token over pages of bfloat16"),
     ],

@@ -576,14 +576,14 @@ def _merge_entry(plan: _Plan, partial: Any, partial_lse: Any, first_items: Any, 
     count = first_items[row + 1] - first
     heads = [jnp.minimum(place + h, plan.num_heads - 1) for h in range(plan.heads_per_block)]
     kv_heads = [_divide(head, plan.group) for head in heads]
-    places = [
+    queries = [
         (kv_head, _query_block(plan, row, kv_head)[1] + _remainder(head, plan.group)) for head, kv_head in zip(heads, kv_heads, strict=True)
     ]
     here = pl.ds(place, plan.heads_per_block)
 
     def load(split: Any) -> tuple[list[Any], Any]:
         item = first + jnp.minimum(split, count - 1)
-        lses = [partial_lse[item, kv_head, place] for kv_head, place in places]
+        lses = [partial_lse[item, kv_head, query] for kv_head, query in queries]
         return [jnp.where(split < count, x, -jnp.inf) for x in lses], plgpu.layout_cast(partial[item, here], layout)
 
     def visit(trip: Any, state: tuple[Any, Any, Any]) -> tuple[Any, Any, Any]:

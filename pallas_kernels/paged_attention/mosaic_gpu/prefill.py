@@ -215,11 +215,25 @@ class _Plan:
     dtype: Any
     kv_dtype: Any
     token_scales: bool
-    num_ctas: int
+    capacity: int
     sm_scale: float
     sliding_window: int | None
     soft_cap: float | None
     tiling: Tiling
+
+    @property
+    def num_ctas(self) -> int:
+        """Thread blocks of the grid: no more than there can be units, of which a list of ``capacity`` tiles or pairs has room.
+
+        Where blocks loop it is the units of one row that fills the step, at least a block for each multiprocessor. So a prefill's units
+        are handed out by the hardware one by one, while a step of single tokens, which has none, does not start thousands for nothing.
+        """
+        most = self.capacity * self.units_per_item * self.num_kv_heads
+        if not self.tiling.loops:
+            return most
+        tiles = -(-self.num_tokens // ROWS)
+        full = (tiles if self.paired_heads else -(-tiles // 2)) * self.units_per_item * self.num_kv_heads
+        return min(most, self.tiling.num_ctas or max(_MULTIPROCESSORS, full))
 
     @property
     def cleared_heads(self) -> int:
@@ -939,14 +953,12 @@ def prefill_attention(
     if padded != num_tokens:
         q = jnp.pad(q, ((0, padded - num_tokens), (0, 0), (0, 0)))
     token_scales = k_scale is not None and jnp.ndim(k_scale) == 3
-    capacity, num_kv_heads = items.rows.shape[0], kv_pages.shape[2] // 2
-    tiling = tiling or default_tiling(head_dim, kv_pages.dtype.itemsize)
     plan = _Plan(
         num_tokens=padded,
         num_rows=kv_lens.shape[0],
         num_heads=num_heads,
-        num_kv_heads=num_kv_heads,
-        num_ctas=0,
+        num_kv_heads=kv_pages.shape[2] // 2,
+        capacity=items.rows.shape[0],
         head_dim=head_dim,
         page_size=kv_pages.shape[1],
         dtype=q.dtype,
@@ -955,9 +967,8 @@ def prefill_attention(
         sm_scale=sm_scale,
         sliding_window=sliding_window,
         soft_cap=soft_cap,
-        tiling=tiling,
+        tiling=tiling or default_tiling(head_dim, kv_pages.dtype.itemsize),
     )
-    plan = dataclasses.replace(plan, num_ctas=_grid_size(plan, capacity))
     operands = [q, kv_pages, kv_lens, block_tables, cu_q_lens]
     operands += [*(items[:2] if plan.paired_heads else items[2:4]), items.counts, items.first_slots]
     if sinks is not None:
@@ -971,7 +982,7 @@ def prefill_attention(
         functools.partial(_entry, plan, sinks is not None, has_factors),
         out_type=[
             jax.ShapeDtypeStruct(q.shape, q.dtype),
-            jax.ShapeDtypeStruct((num_heads, capacity, ROWS), jnp.float32),
+            jax.ShapeDtypeStruct((num_heads, plan.capacity, ROWS), jnp.float32),
         ],
         grid=(plan.num_ctas,),
         grid_names=("cta",),
@@ -983,21 +994,6 @@ def prefill_attention(
     if not plan.clears_padding:
         out = jnp.where((jnp.arange(padded) < cu_q_lens[-1])[:, None, None], out, jnp.zeros((), out.dtype))
     return out[:num_tokens], _token_lse(lse_tiles, cu_q_lens, items, num_tokens=num_tokens, padded=padded)
-
-
-def _grid_size(plan: _Plan, capacity: int) -> int:
-    """Returns the number of thread blocks: no more than there can be units.
-
-    Where blocks loop it is the units of one row that fills the step, at least a block for each multiprocessor. So a prefill's units are
-    handed out by the hardware one by one, while a step of single tokens, which has none, does not start thousands of blocks for nothing.
-    """
-    tiling = plan.tiling
-    most = capacity * plan.units_per_item * plan.num_kv_heads
-    if not tiling.loops:
-        return most
-    tiles = -(-plan.num_tokens // ROWS)
-    full = (tiles if plan.paired_heads else -(-tiles // 2)) * plan.units_per_item * plan.num_kv_heads
-    return min(most, tiling.num_ctas or max(_MULTIPROCESSORS, full))
 
 
 def _token_lse(
