@@ -56,7 +56,7 @@ def measure(case: Case, ceilings: Ceilings, running: list[Contender]) -> tuple[l
         else:
             error = data.error(out)
             ours = contender.name.startswith("ours")
-            if not error <= (TOLERANCE[case.dtype] if ours else PEER_TOLERANCE):
+            if not error <= (TOLERANCE if ours else PEER_TOLERANCE)[case.dtype]:
                 lines.append((*head, "wrong", *[""] * 6, f"{error:.1e}", case.aim))
                 right &= not ours
                 continue

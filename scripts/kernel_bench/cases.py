@@ -22,8 +22,8 @@ _CHECKED_TOKENS = 8
 TOLERANCE = {"float32": 2e-5, "bfloat16": 3e-3, "float16": 3e-3}
 """Relative root mean square against float64, on the same rounded numbers."""
 
-PEER_TOLERANCE = 1e-2
-"""The same for others, which may round scores or sums to bfloat16: wrong is what attends to something else."""
+PEER_TOLERANCE = TOLERANCE | {"bfloat16": 1e-2, "float16": 1e-2}
+"""The same for others, which may round scores or sums to sixteen bits: wrong is what attends to something else."""
 
 
 @dataclasses.dataclass(frozen=True)
