@@ -12,6 +12,17 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
+_MOST_PROCESSES = 4  # each holds jax, compiled programs and a little engine: about 2 GiB
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Gives the whole suite the cores that are there, each a file at a time; tests that are named run in one process, as with ``-n 0``."""
+    whole = config.args_source is config.ArgsSource.TESTPATHS and not hasattr(config, "workerinput")
+    asked = config.getoption("numprocesses", default=0)  # None: -n was not given; 0: pytest-xdist is not there
+    if whole and asked is None and config.getoption("capture") != "no":
+        config.option.numprocesses, config.option.maxprocesses, config.option.dist = "logical", _MOST_PROCESSES, "loadfile"
+
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_cache_directory() -> Iterator[None]:

@@ -27,14 +27,13 @@ def test_every_contender_on_a_cpu_is_right_and_a_wrong_result_shows(case, monkey
     data, names = make(case), []
     for contender in contenders(jax.devices("cpu")[0]):
         try:
-            out, seconds = contender.run(data)
+            out, _ = contender.run(data)  # of the time nothing can be said: one sample, on a machine that may be busy
         except Unavailable as reason:
             assert case is PREFILL and "single-token" in str(reason)
             continue
         names.append(contender.name)
         assert data.error(out) <= TOLERANCE["float32"]
         assert data.error(np.asarray(out) * 1.001) > TOLERANCE["float32"]
-        assert seconds > 0
     assert names == (["ours: xla", "plain gather, einsum"] if case is DECODE else ["ours: xla"])
 
 

@@ -1,4 +1,4 @@
-"""20,000 random worlds (see simulation.py), those that once failed first, and worlds that Hypothesis steers call by call."""
+"""8,000 random worlds (see simulation.py), those that once failed first, and worlds that Hypothesis steers call by call."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 from scheduling.simulation import World, make_request, make_scheduler, simulate
 
 BLOCK = 100
-FAST_BLOCKS, SLOW_BLOCKS = 20, 200
+FAST_BLOCKS, SLOW_BLOCKS = 20, 80
 LINES = (Path(__file__).parent / "failed_seeds.txt").read_text().splitlines()
 FAILED_SEEDS = [int(line.split("#")[0]) for line in LINES if not line.startswith("#")]
 
