@@ -206,14 +206,13 @@ class FakeRunner:
 
     def _move(self, plan: StepPlan) -> None:
         """Transfers in their order, then copies: all are read before any is written."""
-        for transfer in plan.transfers:
-            for page_id, place in zip(transfer.page_ids, transfer.host_ids, strict=True):
-                if transfer.to_host:
-                    self.host[place] = list(self.cells[page_id])
-                elif place in self.host:
-                    self.cells[page_id] = list(self.host[place])
-                else:
-                    raise Violation(f"place {place} in host memory holds nothing")
+        for to_host, page_id, place in plan.transfers:
+            if to_host:
+                self.host[place] = list(self.cells[page_id])
+            elif place in self.host:
+                self.cells[page_id] = list(self.host[place])
+            else:
+                raise Violation(f"place {place} in host memory holds nothing")
         copied = [list(self.cells[source]) for source, _ in plan.copies]
         for (_, destination), content in zip(plan.copies, copied, strict=True):
             self.cells[destination] = content

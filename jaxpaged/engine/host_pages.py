@@ -7,6 +7,8 @@ in which they take effect, and nobody waits but for a page that is not here yet.
 
 from __future__ import annotations
 
+import itertools
+import operator
 import time
 from collections import deque
 from collections.abc import Iterator, Sequence
@@ -76,17 +78,18 @@ class HostPages:
 
         Args:
             pool: Gone afterwards if a page comes back to it.
-            transfers: Pages of the pool and places of the host, all in range.
+            transfers: From and to pages of the pool and places of the host that exist.
 
         Returns:
             The pool with the pages that came back.
 
         Raises:
-            ValueError: A place does not exist, or a transfer is malformed.
+            ValueError: A page or a place does not exist; nothing has moved then.
         """
+        for transfer in transfers:
+            self._check(transfer, pool.num_pages)
         returning = 0
         for to_host, page_ids, host_ids in _joined(transfers):
-            self._check(page_ids, host_ids, pool.num_pages)
             for at, size in self._cut(len(page_ids)):
                 pages, places = np.array(page_ids[at : at + size], np.int32), np.array(host_ids[at : at + size]) - 1
                 if to_host:
@@ -122,14 +125,13 @@ class HostPages:
         if not self.chunk_sizes:
             return pool, 0, 0.0
         count = min(self.chunk_sizes[0] * _MEASURED_CHUNKS, self.num_pages, pool.num_pages)
-        pages, places = tuple(range(count)), tuple(range(1, count + 1))
         seconds = 0.0
         for _ in range(2):  # the first makes the operating system give the memory
             _wait(pool)
             started = time.perf_counter()
-            pool = self.run(pool, [Transfer(True, pages, places)])
+            pool = self.run(pool, [Transfer(True, page_id, page_id + 1) for page_id in range(count)])
             self.settle(wait=True)
-            pool = self.run(pool, [Transfer(False, pages, places)])
+            pool = self.run(pool, [Transfer(False, page_id, page_id + 1) for page_id in range(count)])
             _wait(pool)
             seconds = time.perf_counter() - started
         return pool, count, seconds
@@ -176,11 +178,9 @@ class HostPages:
             yield at, size
             at += size
 
-    def _check(self, page_ids: Sequence[int], host_ids: Sequence[int], num_pages: int) -> None:
-        if len(page_ids) != len(host_ids):
-            raise ValueError(f"a transfer has {len(page_ids)} pages and {len(host_ids)} places")
-        if page_ids and not (0 <= min(page_ids) <= max(page_ids) < num_pages and 1 <= min(host_ids) <= max(host_ids) <= self.num_pages):
-            raise ValueError(f"pages must be in [0, {num_pages}), places in [1, {self.num_pages}]; got {page_ids}, {host_ids}")
+    def _check(self, transfer: Transfer, num_pages: int) -> None:
+        if not (0 <= transfer.page_id < num_pages and 1 <= transfer.host_id <= self.num_pages):
+            raise ValueError(f"pages are in [0, {num_pages}), places in [1, {self.num_pages}]; got {transfer}")
 
 
 @jax.jit
@@ -216,19 +216,18 @@ def _reserve(num_pages: int, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Sh
     return np.zeros(count, np.uint8).view(dtype).reshape(num_pages, *shape)
 
 
-def _joined(transfers: Sequence[Transfer]) -> Iterator[Transfer]:
-    """Joins neighbours of one direction that write to different pages: a chunk of many is cheaper than many chunks."""
-    joined: Transfer | None = None
-    for transfer in transfers:
-        if joined is not None and joined.to_host == transfer.to_host and _targets(joined).isdisjoint(_targets(transfer)):
-            joined = Transfer(joined.to_host, joined.page_ids + transfer.page_ids, joined.host_ids + transfer.host_ids)
-            continue
-        if joined is not None:
-            yield joined
-        joined = transfer
-    if joined is not None:
-        yield joined
-
-
-def _targets(transfer: Transfer) -> frozenset[int]:
-    return frozenset(transfer.host_ids if transfer.to_host else transfer.page_ids)
+def _joined(transfers: Sequence[Transfer]) -> Iterator[tuple[bool, list[int], list[int]]]:
+    """Yields direction, pages and places of neighbours that write to different pages: a chunk of many is cheaper than many chunks."""
+    for to_host, neighbours in itertools.groupby(transfers, key=operator.attrgetter("to_host")):
+        page_ids: list[int] = []
+        host_ids: list[int] = []
+        written: set[int] = set()
+        for _, page_id, host_id in neighbours:
+            target = host_id if to_host else page_id
+            if target in written:
+                yield to_host, page_ids, host_ids
+                page_ids, host_ids, written = [], [], set()
+            page_ids.append(page_id)
+            host_ids.append(host_id)
+            written.add(target)
+        yield to_host, page_ids, host_ids

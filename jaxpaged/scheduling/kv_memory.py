@@ -273,7 +273,7 @@ class KVMemory:
         missing = sorted(pages - place_of.keys())
         for page_id, place in zip(missing, host.pages.take(len(missing)), strict=True):
             place_of[page_id] = place
-            self._transfer(True, page_id, place)
+            self._transfers.append(Transfer(True, page_id, place))
             if (key := self.device.key_of(page_id)) is not None:
                 host.put(key, place)
         held = set(pages)
@@ -422,7 +422,7 @@ class KVMemory:
             return []
         pages = self.pages.take(len(places))
         for place, page_id in zip(places, pages, strict=True):
-            self._transfer(False, page_id, place)
+            self._transfers.append(Transfer(False, page_id, place))
             if (key := host.key_of(place)) is not None:
                 self.device.put(key, page_id)
             host.pages.release([place])
@@ -439,18 +439,10 @@ class KVMemory:
         elif host.pages.num_free:
             (place,) = host.pages.take(1)
             host.put(key, place)
-            self._transfer(True, page_id, place)
+            self._transfers.append(Transfer(True, page_id, place))
         else:
             return
         host.pages.release([place])
-
-    def _transfer(self, to_host: bool, page_id: int, place: int) -> None:
-        """Adds a move; as many as possible in one."""
-        last = self._transfers[-1] if self._transfers else None
-        if last is not None and last.to_host == to_host and page_id not in last.page_ids and place not in last.host_ids:
-            self._transfers[-1] = Transfer(to_host, (*last.page_ids, page_id), (*last.host_ids, place))
-        else:
-            self._transfers.append(Transfer(to_host, (page_id,), (place,)))
 
 
 def _without_null(page_ids: Iterable[int]) -> list[int]:

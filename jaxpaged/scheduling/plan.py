@@ -65,17 +65,17 @@ class PageCopy(NamedTuple):
 
 
 class Transfer(NamedTuple):
-    """Pages that move between the pool and host memory before a step copies and writes.
+    """A page that moves between the pool and host memory before a step copies and writes.
 
     Attributes:
         to_host: Direction: from the pool to the host, or back.
-        page_ids: Pages of the pool.
-        host_ids: Places in host memory, one per page; from 1, as page ids are.
+        page_id: Page of the pool.
+        host_id: Place in host memory; from 1, as page ids are.
     """
 
     to_host: bool
-    page_ids: tuple[int, ...]
-    host_ids: tuple[int, ...]
+    page_id: int
+    host_id: int
 
 
 @dataclasses.dataclass(frozen=True)

@@ -39,11 +39,11 @@ def assert_pages(pool, expected):
 
 
 def out(pages, places):
-    return Transfer(True, tuple(pages), tuple(places))
+    return [Transfer(True, page, place) for page, place in zip(pages, places, strict=True)]
 
 
 def back(pages, places):
-    return Transfer(False, tuple(pages), tuple(places))
+    return [Transfer(False, page, place) for page, place in zip(pages, places, strict=True)]
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -53,10 +53,10 @@ def test_pages_come_back_bit_by_bit_to_where_they_are_wanted_and_nothing_else_ch
     before, host, rng = bits(pool), HostPages(pool, HOST), np.random.default_rng(count)
     pages, targets = rng.choice(PAGES, count, replace=False), rng.choice(PAGES, count, replace=False)
     places = rng.choice(HOST, count, replace=False) + 1
-    pool = host.run(pool, [out(pages.tolist(), places.tolist())])
+    pool = host.run(pool, out(pages.tolist(), places.tolist()))
     for was, now in zip(before, bits(pool), strict=True):
         np.testing.assert_array_equal(was, now)
-    pool = host.run(pool, [back(targets.tolist(), places.tolist())])
+    pool = host.run(pool, back(targets.tolist(), places.tolist()))
     expected = np.arange(PAGES)
     expected[targets] = pages
     assert_pages(pool, {"bits": before, "pages": expected})
@@ -66,13 +66,12 @@ def test_a_plans_moves_take_effect_in_order():
     pool = make_pool()
     before, host = bits(pool), HostPages(pool, HOST)
     moves = [
-        out([5, 6], [1, 2]),
-        back([7], [1]),  # reads what is still on its way
-        out([7, 8], [2, 3]),  # overwrites a place, from a page that has just come
-        back([9, 10], [2, 3]),
-        out([9], [4]),
-        back([5], [4]),
-        back([5], [3]),  # the same page again: the later one wins
+        *out([5, 6], [1, 2]),
+        *back([7], [1]),  # reads what is still on its way
+        *out([7, 8], [2, 3]),  # overwrites a place, from a page that has just come
+        *back([9, 10], [2, 3]),
+        *out([9], [4]),
+        *back([5, 5], [4, 3]),  # the same page again: the later one wins
     ]
     pool = host.run(pool, moves)
     expected = np.arange(PAGES)
@@ -81,10 +80,8 @@ def test_a_plans_moves_take_effect_in_order():
 
 
 def test_neighbours_are_joined_unless_they_write_to_the_same():
-    joined = list(
-        _joined([out([1], [4]), out([1, 2], [5, 6]), out([3], [5]), back([7], [4]), back([8], [4]), back([8], [5]), out([9], [9])])
-    )
-    assert joined == [out([1, 1, 2], [4, 5, 6]), out([3], [5]), back([7, 8], [4, 4]), back([8], [5]), out([9], [9])]
+    joined = list(_joined([*out([1, 1, 2, 3], [4, 5, 6, 5]), *back([7, 8, 8], [4, 4, 5]), *out([9], [9])]))
+    assert joined == [(True, [1, 1, 2], [4, 5, 6]), (True, [3], [5]), (False, [7, 8], [4, 4]), (False, [8], [5]), (True, [9], [9])]
     assert list(_joined([])) == []
 
 
@@ -100,11 +97,11 @@ def test_random_moves_agree_with_a_model():
             count = int(rng.integers(1, 8))
             pages, places = rng.choice(PAGES, count, replace=False), rng.choice(12, count, replace=False) + 1
             if rng.random() < 0.5:
-                plan.append(out(pages.tolist(), places.tolist()))
+                plan += out(pages.tolist(), places.tolist())
                 stored[places] = device[pages]
                 written.update(places.tolist())
             elif written.issuperset(places.tolist()):
-                plan.append(back(pages.tolist(), places.tolist()))
+                plan += back(pages.tolist(), places.tolist())
                 device[pages] = stored[places]
         pool = host.run(pool, plan)
         if rng.random() < 0.3:
@@ -116,10 +113,10 @@ def test_host_memory_is_nobodys_alias():
     """A page on the host stays what it was when the page of the pool changes, and the other way round."""
     pool = make_pool()
     before, host = bits(pool), HostPages(pool, HOST)
-    pool = host.run(pool, [out([3], [1])])
+    pool = host.run(pool, out([3], [1]))
     host.settle(wait=True)
-    pool = host.run(pool, [out([4], [2]), back([3], [2])])  # page 3 changes
-    pool = host.run(pool, [back([5], [1])])
+    pool = host.run(pool, out([4], [2]) + back([3], [2]))  # page 3 changes
+    pool = host.run(pool, back([5], [1]))
     for stored in host._stored:
         stored[:] = 0
     expected = np.arange(PAGES)
@@ -131,11 +128,11 @@ def test_pages_on_their_way_are_bounded_and_can_be_forgotten():
     pool = make_pool()
     before, host = bits(pool), HostPages(pool, HOST)
     for place in range(1, 2 * _MAX_CHUNKS):
-        pool = host.run(pool, [out([place], [place])])
+        pool = host.run(pool, out([place], [place]))
         assert len(host._leaving) <= _MAX_CHUNKS
-    pool = host.run(pool, [out([30], [1])])
+    pool = host.run(pool, out([30], [1]))
     host.forget()
-    pool = host.run(pool, [back([20], [1])])  # what was stored before
+    pool = host.run(pool, back([20], [1]))  # what was stored before
     expected = np.arange(PAGES)
     expected[20] = 1
     assert_pages(pool, {"bits": before, "pages": expected})
@@ -171,8 +168,10 @@ def test_measuring_changes_no_page_and_needs_host_memory():
     assert HostPages(pool, 0).measure(pool)[1:] == (0, 0.0)
 
 
-@pytest.mark.parametrize("transfer", [out([1, 2], [1]), out([PAGES], [1]), out([-1], [1]), out([1], [0]), back([1], [HOST + 1])])
-def test_pages_and_places_that_do_not_exist_are_refused(transfer):
+@pytest.mark.parametrize("wrong", [out([PAGES], [1]), out([-1], [1]), out([1], [0]), back([1], [HOST + 1])])
+def test_pages_and_places_that_do_not_exist_are_refused_before_anything_moves(wrong):
     pool = make_pool()
-    with pytest.raises(ValueError, match="pages"):
-        HostPages(pool, HOST).run(pool, [transfer])
+    before, host = bits(pool), HostPages(pool, HOST)
+    with pytest.raises(ValueError, match="pages are in"):
+        host.run(pool, [*back([2], [1]), *wrong])
+    assert_pages(pool, {"bits": before, "pages": np.arange(PAGES)})

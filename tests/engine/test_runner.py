@@ -175,11 +175,11 @@ def decode(runner, request, pages, *, after, **more):
 def test_pages_that_moved_to_the_host_and_back_or_were_copied_hold_the_same(small):
     request = make("a", range(3, 16), temperature=0.0, logprobs=3)
     expected = decode(small.runner, request, [4, 5], after=[4, 5])
-    away, back = Transfer(True, (4, 5), (HOST_PAGES, 1)), Transfer(False, (900, 3), (HOST_PAGES, 1))
-    overwritten = Transfer(False, (4, 5), (1, HOST_PAGES))
-    assert decode(small.runner, request, [4, 5], after=[900, 3], transfers=(away, back, overwritten)) == expected
+    away, back = [Transfer(True, 4, HOST_PAGES), Transfer(True, 5, 1)], [Transfer(False, 900, HOST_PAGES), Transfer(False, 3, 1)]
+    overwritten = [Transfer(False, 4, 1), Transfer(False, 5, HOST_PAGES)]
+    assert decode(small.runner, request, [4, 5], after=[900, 3], transfers=(*away, *back, *overwritten)) == expected
     assert decode(small.runner, request, [4, 5], after=[4, 9], copies=(PageCopy(5, 9),)) == expected
-    moved_then_copied = {"transfers": (away, back), "copies": (PageCopy(3, 77),)}
+    moved_then_copied = {"transfers": (*away, *back), "copies": (PageCopy(3, 77),)}
     assert decode(small.runner, request, [4, 5], after=[900, 77], **moved_then_copied) == expected
     wrong = decode(small.runner, request, [4, 5], after=[900, 3])  # what nobody has put there
     assert wrong.logprobs[0].logprob != expected.logprobs[0].logprob
@@ -195,8 +195,7 @@ def test_moves_of_all_sizes_copies_and_beams_compile_nothing(small):
     jax.monitoring.register_event_duration_secs_listener(listener)
     try:
         for count in (1, 3, 4, 15, 21, 64):
-            pages, places = tuple(range(100, 100 + count)), tuple(range(1, 1 + count))
-            moves = (Transfer(True, pages, places), Transfer(False, pages, places))
+            moves = tuple(Transfer(to_host, 100 + i, 1 + i) for to_host in (True, False) for i in range(count))
             rows = [Work(beam, 0, 1, True, True, 0, beam_score=-1.0) for beam in beams]
             runner.dispatch(plan_of(*rows, transfers=moves, copies=(PageCopy(50, 51),))).read()
     finally:
@@ -210,21 +209,21 @@ def test_a_failed_step_forgets_what_was_on_its_way_to_the_host(small):
     runner.reset()
     sequence = make_sequence(request, slot=0, page_ids=[1])
     work = Work(sequence, 0, 2, True, True, 0)
-    runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+    runner.dispatch(plan_of(work, transfers=(Transfer(True, 1, 1),))).read()
     for layer in runner._pool.layers:
         layer.kv.delete()
     with pytest.raises(RuntimeError):
-        runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+        runner.dispatch(plan_of(work, transfers=(Transfer(True, 1, 1),))).read()
     runner.reset()
     assert not runner._host._leaving
-    runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (1,)),))).read()
+    runner.dispatch(plan_of(work, transfers=(Transfer(True, 1, 1),))).read()
 
 
 def test_a_place_that_does_not_exist_fails_the_step(small):
     small.runner.reset()
     work = Work(make_sequence(make("a", [5]), slot=0, page_ids=[1]), 0, 1, True, True, 0)
     with pytest.raises(ValueError, match="places"):
-        small.runner.dispatch(plan_of(work, transfers=(Transfer(True, (1,), (HOST_PAGES + 1,)),)))
+        small.runner.dispatch(plan_of(work, transfers=(Transfer(True, 1, HOST_PAGES + 1),)))
 
 
 def test_beams_are_read_by_request_and_only_theirs(small):

@@ -204,7 +204,7 @@ class World:
             self._verify_writes(plan)
             self.handles.append((plan, self.device.dispatch(plan)))
             self.num_steps += 1
-            self.num_restored += sum(len(transfer.page_ids) for transfer in plan.transfers if not transfer.to_host)
+            self.num_restored += sum(not transfer.to_host for transfer in plan.transfers)
         self.verify()
         return plan
 
@@ -289,8 +289,8 @@ class World:
         scheduler.check()
         cells, size = self.device.cells, scheduler.page_size
         leaving = [transfer for transfer in scheduler.memory._transfers if transfer.to_host]  # with the next plan
-        coming = {page_id for transfer in scheduler.memory._transfers if not transfer.to_host for page_id in transfer.page_ids}
-        on_the_way = {place for transfer in leaving for place in transfer.host_ids}
+        returning = [transfer for transfer in scheduler.memory._transfers if not transfer.to_host]
+        coming, on_the_way = {transfer.page_id for transfer in returning}, {transfer.host_id for transfer in leaving}
         for sequence in scheduler.live_sequences():
             where, table = (self.device.host, sequence.host_ids) if sequence.host_ids else (cells, sequence.page_ids)
             expected = self._expected_cells(sequence)
@@ -303,11 +303,10 @@ class World:
         if not self.num_faults:
             late = (sequence for sequence in scheduler.live_sequences() if scheduler.step > self.sample(sequence).deadline)
             require(next(late, None) is None, "a sequence runs beyond its fairness bound")
-        for page_id in set(scheduler.pages._free).difference(*(transfer.page_ids for transfer in leaving)):
+        for page_id in set(scheduler.pages._free) - {transfer.page_id for transfer in leaving}:
             cells[page_id] = [POISON] * size
         host = scheduler.memory.host
-        returning = {place for transfer in scheduler.memory._transfers if not transfer.to_host for place in transfer.host_ids}
-        for place in self.device.host.keys() - returning:
+        for place in self.device.host.keys() - {transfer.host_id for transfer in returning}:
             if host.pages.reference_count(place) == 0 and not host.pages.is_kept(place):
                 del self.device.host[place]
 

@@ -143,12 +143,11 @@ class Model:
     def step(self) -> None:
         """The device does what was collected: transfers, copies, then writes."""
         transfers, copies = self.memory.take_moves()
-        for to_host, page_ids, places in transfers:
-            for page_id, place in zip(page_ids, places, strict=True):
-                if to_host:
-                    self.places[place] = list(self.cells[page_id])
-                else:
-                    self.cells[page_id] = list(self.places[place])
+        for to_host, page_id, place in transfers:
+            if to_host:
+                self.places[place] = list(self.cells[page_id])
+            else:
+                self.cells[page_id] = list(self.places[place])
         assert {copy.source for copy in copies}.isdisjoint(copy.destination for copy in copies)
         for destination, cells in [(copy.destination, list(self.cells[copy.source])) for copy in copies]:
             self.cells[destination] = cells

@@ -22,7 +22,7 @@ from scheduling.test_pages import random_calls
 from jaxpaged.errors import ConfigError
 from jaxpaged.scheduling.kv_memory import KVMemory
 from jaxpaged.scheduling.pages import NULL_PAGE, PageAllocator
-from jaxpaged.scheduling.plan import INVALID_TOKEN, BeamCandidate, PageCopy, StepPlan, StepResult, TokenEvent, Transfer, Work
+from jaxpaged.scheduling.plan import INVALID_TOKEN, BeamCandidate, PageCopy, StepPlan, StepResult, TokenEvent, Work
 from jaxpaged.scheduling.prefix_cache import PrefixCache, next_key, partition_key
 from jaxpaged.scheduling.request import FinishReason, Group, Sequence, Status
 from jaxpaged.scheduling.scheduler import Scheduler, _Draft
@@ -638,20 +638,21 @@ class SpillBeforeRestore(KVMemory):
         return tuple(sorted(transfers, key=lambda each: not each.to_host)), copies
 
 
-class TransfersMerged(KVMemory):
+class TransfersJoined(KVMemory):
     """Moves of one direction are made at once, though a later one needs what an earlier one leaves."""
 
-    def _transfer(self, to_host: bool, page_id: int, place: int) -> None:
-        last = next((each for each in self._transfers if each.to_host == to_host), Transfer(to_host, (), ()))
-        merged = Transfer(to_host, (*last.page_ids, page_id), (*last.host_ids, place))
-        self._transfers = [merged if each is last else each for each in self._transfers] if last.page_ids else [*self._transfers, merged]
+    def take_moves(self):
+        transfers, copies = super().take_moves()
+        return tuple(sorted(transfers, key=lambda each: each.to_host != transfers[0].to_host)), copies
 
 
 class RestoreOfAnotherPlace(KVMemory):
     """What comes back from host memory is what lies beside it."""
 
-    def _transfer(self, to_host: bool, page_id: int, place: int) -> None:
-        super()._transfer(to_host, page_id, place if to_host else 1 + place % (self.host.pages.num_pages - 1))
+    def take_moves(self):
+        transfers, copies = super().take_moves()
+        beside = {place: 1 + place % (self.host.pages.num_pages - 1) for _, _, place in transfers}
+        return tuple(each if each.to_host else each._replace(host_id=beside[each.host_id]) for each in transfers), copies
 
 
 class RestoreLate(KVMemory):
@@ -678,10 +679,8 @@ class SpillsGarbage(KVMemory):
 
     def _spill(self, key: bytes, page_id: int) -> None:
         super()._spill(key, page_id)
-        if self._transfers and self._transfers[-1].to_host and self._transfers[-1].page_ids[-1] == page_id:
-            last = self._transfers.pop()
-            if len(last.page_ids) > 1:
-                self._transfers.append(Transfer(True, last.page_ids[:-1], last.host_ids[:-1]))
+        if self._transfers and self._transfers[-1].to_host and self._transfers[-1].page_id == page_id:
+            self._transfers.pop()
 
 
 # ----------------------------------------------------------------------------------------------------------- beams, windows
@@ -825,7 +824,7 @@ MUTANTS: dict[type, dict[str, object]] = {
     SwapOutLate: SWAP,
     RestoreBeforeSpill: SWAP,
     SpillBeforeRestore: TIER,
-    TransfersMerged: TIER,
+    TransfersJoined: TIER,
     RestoreOfAnotherPlace: TIER,
     RestoreLate: TIER,
     SwappedInPartly: SWAP | SAMPLES,
