@@ -111,7 +111,7 @@ class LoopbackServer:
         self.service.close()
 
 
-def until(condition, seconds=3.0):
+def until(condition, seconds=10.0):
     """Waits for something that must come soon."""
     deadline = time.monotonic() + seconds
     while not condition():

@@ -183,10 +183,10 @@ def test_async_client(url):
 
 
 def test_leaving_a_stream_frees_it(make_server):
-    server = make_server(FakeAsyncEngine(step_s=0.02))
+    server = make_server(FakeAsyncEngine(step_s=0.1))  # 20 s to the end
     with openai.OpenAI(base_url=server.url + "/v1", api_key="x") as client:
         stream = client.completions.create(model="echo", prompt="x" * 300, max_tokens=200, stream=True)
         next(iter(stream))
         assert server.engine.running
         stream.close()
-    until(lambda: not server.engine.running, 1.0)
+    until(lambda: not server.engine.running, 5.0)

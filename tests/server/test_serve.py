@@ -106,7 +106,7 @@ class Process:
             self._code = self._mother.order(poll=self.pid)
         return self._code
 
-    def wait_for(self, pattern, seconds=30.0):
+    def wait_for(self, pattern, seconds=60.0):
         deadline = time.monotonic() + seconds
         while True:
             for line in self.lines:
@@ -119,7 +119,7 @@ class Process:
         self.url = self.wait_for(r"ready +(\S+)")[1]
         return self
 
-    def end(self, seconds=10.0):
+    def end(self, seconds=20.0):
         deadline = time.monotonic() + seconds
         while self.poll() is None:
             assert time.monotonic() < deadline, self.log
@@ -201,7 +201,7 @@ def test_a_second_signal_ends_every_stream_at_once_with_an_error_event(start, nu
     process.signal(number)
     began = time.monotonic()
     assert process.end() == 0
-    assert time.monotonic() - began < 4.0  # 2 s, and room for a machine that is busy
+    assert time.monotonic() - began < 8.0  # 2 s, and room for a machine that is busy
     streams.join()
     for text in streams.texts:
         last = text.decode().strip().split("\n\n")[-1]
@@ -213,7 +213,7 @@ def test_the_time_for_draining_is_bounded(start):
     process = start(step_s=0.05, shutdown_timeout=0.5).ready()
     streams = Streams(process.url, 3, 2000)
     process.signal(signal.SIGTERM)
-    assert process.end(6.0) == 0
+    assert process.end(12.0) == 0
     streams.join()
     assert all(b'"error"' in text for text in streams.texts)
 
@@ -221,11 +221,11 @@ def test_the_time_for_draining_is_bounded(start):
 def test_sigterm_while_idle_and_while_loading(start):
     process = start().ready()
     process.signal(signal.SIGTERM)
-    assert process.end(5.0) == 0
+    assert process.end(10.0) == 0
     loading = start(state="loading", port=_free_port())
     _until_bound(loading)
     loading.signal(signal.SIGTERM)
-    assert loading.end(5.0) == 0
+    assert loading.end(10.0) == 0
 
 
 def test_the_port_answers_while_the_engine_loads(start):
@@ -241,7 +241,7 @@ def test_the_port_answers_while_the_engine_loads(start):
 def test_the_ready_line_has_an_address_and_a_curl_that_work(start):
     process = start().ready()
     command = process.wait_for("try +(curl .*)")[1]
-    output = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=20).stdout
+    output = subprocess.run(["bash", "-c", command], capture_output=True, text=True, timeout=60).stdout
     assert output.endswith("data: [DONE]\n\n")
 
 
@@ -296,7 +296,7 @@ def test_a_unix_socket(start, tmp_path):
     assert second.end(30) == 2
     assert "another server is using it" in second.log
     process.signal(signal.SIGTERM)
-    assert process.end(5.0) == 0
+    assert process.end(10.0) == 0
     assert not Path(path).exists()
 
 
@@ -378,7 +378,7 @@ def test_no_text_key_or_header_is_ever_logged(start):
         raw.sendall(b"canary nonsense\r\n\r\n")
         raw.recv(1000)
     process.signal(signal.SIGTERM)
-    assert process.end(5.0) == 0
+    assert process.end(10.0) == 0
     assert "canary" not in process.log
     assert "canary" not in metrics
     assert len(re.findall(r"request [0-9a-f]{32}: 1 choices, 13 prompt \+ \d+ output tokens", process.log)) == 3

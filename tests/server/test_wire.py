@@ -105,7 +105,7 @@ SMUGGLING = {
 
 @pytest.mark.parametrize("name", SMUGGLING)
 def test_what_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_answered(wire, name):
-    received = exchange(wire, SMUGGLING[name] + (b"" if "host" in name else TAIL), timeout=1.5)
+    received = exchange(wire, SMUGGLING[name] + (b"" if "host" in name else TAIL), timeout=3.0)
     assert status_of(received) == 400, received
     assert received.count(b"HTTP/1.1 ") == 1, received
     head, _, body = received.partition(b"\r\n\r\n")
@@ -118,14 +118,14 @@ def test_what_can_be_read_in_two_ways_is_refused_and_nothing_behind_it_is_answer
 
 def test_pipelined_requests_are_answered_in_order(wire):
     request = HEAD + b"Content-Length: 45\r\n\r\n" + BODY
-    received = exchange(wire, request + TAIL + request, timeout=1.5)
+    received = exchange(wire, request + TAIL + request, timeout=3.0)
     assert received.count(b"HTTP/1.1 200 ") == 3
     assert received.index(b"text_completion") < received.index(b'{"version"') < received.rindex(b"text_completion")
 
 
 def test_chunked_body_with_extensions_and_trailers_is_one_body(wire):
     data = HEAD + b"Transfer-Encoding: chunked\r\n\r\n10;a=b\r\n" + BODY[:16] + b"\r\n1d\r\n" + BODY[16:] + b"\r\n0\r\nX: y\r\n\r\n"
-    received = exchange(wire, data + TAIL, timeout=1.5)
+    received = exchange(wire, data + TAIL, timeout=3.0)
     assert received.count(b"HTTP/1.1 200 ") == 2
 
 
@@ -177,7 +177,7 @@ def test_slow_heads_are_cut_off_and_harm_nobody(make_server):
         assert status_of(received) == 408, (i, received)
         assert connection.recv(1) == b""
         connection.close()
-    assert time.monotonic() - began < 4.0
+    assert time.monotonic() - began < 10.0  # one after the other they would take 30 s
 
 
 def test_blank_lines_do_not_hold_a_connection_open(make_server):
@@ -249,7 +249,7 @@ def send_generation(connection, **fields):
 @pytest.mark.parametrize("fields", [{}, {"n": 4}, {"prompt": ["x" * 300] * 3}], ids=["one", "n=4", "three prompts"])
 @pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
 def test_a_client_that_goes_away_ends_its_requests(make_server, stream, fields, reset):
-    server = make_server(FakeAsyncEngine(step_s=0.01))
+    server = make_server(FakeAsyncEngine(step_s=0.1))  # 10 s to the end
     with server.connect() as connection:
         send_generation(connection, stream=stream, **fields)
         if stream:
@@ -257,9 +257,9 @@ def test_a_client_that_goes_away_ends_its_requests(make_server, stream, fields, 
         until(lambda: server.engine.emitted > 5)
         if reset:
             connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    until(lambda: not server.engine.running and len(server.service.calls) == 0, 1.0)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
     emitted = server.engine.emitted
-    time.sleep(0.05)
+    time.sleep(0.3)
     assert server.engine.emitted == emitted
 
 
@@ -270,7 +270,7 @@ def test_a_client_that_goes_away_while_it_waits(make_server, stream):
     with server.connect() as connection:
         send_generation(connection, stream=stream)
         until(lambda: server.engine.running)
-    until(lambda: not server.engine.running and len(server.service.calls) == 0, 1.0)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
 
 
 def test_a_client_that_goes_away_in_its_body(make_server):
@@ -278,7 +278,7 @@ def test_a_client_that_goes_away_in_its_body(make_server):
     with server.connect() as connection:
         connection.sendall(HEAD + b"Content-Length: 45\r\n\r\n" + BODY[:10])
         until(lambda: len(server.service.calls) == 1)
-    until(lambda: len(server.service.calls) == 0, 1.0)
+    until(lambda: len(server.service.calls) == 0, 5.0)
     assert not server.engine.submitted
 
 
