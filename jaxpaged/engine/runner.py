@@ -173,6 +173,7 @@ class Runner:
         self._leaves = tuple(leaves)  # a tuple of arrays is the cheapest argument to dispatch
         self._step = jit_flat_step(model, structure, attention)
         self._programs: dict[int, Any] = {}
+        self._slot_writer: Any = None
         self._ready = False
         self._dispatching: tuple[int, int] | None = None
         self._warming = False
@@ -247,7 +248,8 @@ class Runner:
             except BaseException:
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
-        self.num_programs = len(self._programs) + self._host.compile(self.pool)
+        self._slot_writer = self._slot_writer or self._compile_slot_writer()
+        self.num_programs = len(self._programs) + 1 + self._host.compile(self.pool)
         self._warming = False
         self.compile_s += time.monotonic() - started
         for bucket in (*self.token_buckets, self.token_buckets[-1]):  # the last one twice: the first run of a program is slow
@@ -256,8 +258,7 @@ class Runner:
         self.preemption.computed(self.token_buckets[-1], time.monotonic() - started)
         self._pool, num_pages, seconds = self._host.measure(self.pool)
         self.preemption.moved(num_pages, seconds)
-        vocab = self.model.config.vocab_size
-        self._set_slot(self.max_num_seqs, np.zeros(vocab, np.float32), np.zeros(vocab, np.int32))
+        self._set_slot(self.max_num_seqs, *self._no_rows())
         self.mark_ready()
 
     def mark_ready(self) -> None:
@@ -278,6 +279,7 @@ class Runner:
         self._pool = self._sampling = None
         self._leaves = ()
         self._programs.clear()
+        self._slot_writer = None
         self._host.close()
 
     def _make_state(self) -> None:
@@ -295,6 +297,12 @@ class Runner:
 
     def _compile(self, token_bucket: int) -> Any:
         return self._step.lower(self._leaves, self._pool, self._padding(token_bucket), self._sampling).compile()
+
+    def _compile_slot_writer(self) -> Any:
+        return set_slot.lower(self._sampling, np.int32(0), *self._no_rows()).compile()
+
+    def _no_rows(self) -> tuple[np.ndarray, np.ndarray]:
+        return np.zeros(self.vocab_size, np.float32), np.zeros(self.vocab_size, np.int32)
 
     def _padding(self, token_bucket: int) -> StepInputs:
         rows = slot_bucket(token_bucket, self.max_num_seqs)
@@ -318,7 +326,8 @@ class Runner:
             self._set_slot(sequence.slot, *rows)
 
     def _set_slot(self, slot: int, bias: np.ndarray, flags: np.ndarray) -> None:
-        self._sampling = set_slot(self._sampling, np.int32(slot), bias, flags)
+        self._slot_writer = self._slot_writer or self._compile_slot_writer()
+        self._sampling = self._slot_writer(self._sampling, np.int32(slot), bias, flags)
 
     def _on_read(self, plan: StepPlan, dispatched_at: float) -> None:
         """Times steps that compute much: what a token costs there is what it costs to compute a preempted sequence again."""
