@@ -12,7 +12,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["TOKENIZERS_PARALLELISM"] = "false"
 sys.path.insert(0, str(Path(__file__).parent))
 
-_MOST_PROCESSES = 4  # each holds jax, compiled programs and a little engine: about 2 GiB
+_MOST_PROCESSES = 4  # each holds jax, compiled programs and a little engine: 2 to 3 GiB
 
 
 @pytest.hookimpl(tryfirst=True)
