@@ -10,6 +10,10 @@ _PTXAS_SPILLS = re.compile(r"(\d+) bytes spill stores, (\d+) bytes spill loads")
 _PTXAS_REGISTERS = re.compile(r"Used (\d+) registers")
 _INSTRUCTION = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = (?:\()?(\w+)\[([\d,]*)\]\S* (?:.*?\) )?([\w\-]+)\(")
 _CALLS = re.compile(r"calls=%?([\w.\-]+)")
+_ARRAY = re.compile(r"^\s*(?:ROOT )?%?([\w.\-]+) = [a-z]+(\d*)\w*\[([\d,]+)\]")
+_SLICE = re.compile(r" (?:dynamic-)?slice\(%?([\w.\-]+)\b[^)]*\)(?:, slice=\{([^}]*)\})?")
+_BEGINNING = re.compile(r"\[(\d+):")
+_ALIGNMENT = 256
 _COPIES = ("copy", "copy-start", "reshape", "transpose", "convert")
 _IN_PLACE = ("scatter", "dynamic-update-slice")
 
@@ -96,18 +100,38 @@ def find_copies(text: str, elements: int) -> list[str]:
 
 
 def find_sliced_operands(text: str, custom_call: str) -> list[str]:
-    """Returns the calls of our kernels that XLA has fused with the slices they read, in a compiled program.
+    """Returns the calls of our kernels that XLA has fused with slices they read, which do not begin at a multiple of 256 bytes.
 
-    Such a kernel is handed an address within a larger array, which Mosaic GPU refuses where it is no multiple of 256 bytes.
+    Such a kernel is handed an address within a larger array, and Mosaic GPU refuses one that is no such multiple.
 
     Args:
         text: The optimised HLO.
         custom_call: Part of the name of the kernels' custom calls.
     """
     fused, computation, found = set(_CALLS.findall(text)), "", []
+    arrays: dict[str, tuple[int, tuple[int, ...]]] = {}
+    misplaced = False
     for line in text.splitlines():
         if line.endswith("{") and not line.startswith(" "):
-            computation = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%")
-        elif computation in fused and " custom-call(" in line and f'custom_call_target="{custom_call}' in line:
+            computation, arrays, misplaced = line.removeprefix("ENTRY ").split(" ")[0].lstrip("%"), {}, False
+        if computation not in fused:
+            continue
+        if array := _ARRAY.match(line):
+            name, item_bits, dimensions = array.groups()
+            arrays[name] = (int(item_bits or 8) // 8, tuple(int(dimension) for dimension in dimensions.split(",")))
+        if part := _SLICE.search(line):
+            operand, bounds = part.groups()
+            misplaced |= operand not in arrays or _first_byte(*arrays[operand], _BEGINNING.findall(bounds or "")) % _ALIGNMENT != 0
+        elif misplaced and " custom-call(" in line and f'custom_call_target="{custom_call}' in line:
             found.append(f"a kernel reads a slice where it lies: {computation}")
     return found[:3]
+
+
+def _first_byte(item_bytes: int, shape: tuple[int, ...], beginnings: list[str]) -> int:
+    """Returns where a slice of an array begins; 1, which is aligned with nothing, if only the device knows."""
+    if len(beginnings) != len(shape):
+        return 1
+    index = 0
+    for beginning, size in zip(beginnings, shape, strict=True):
+        index = index * size + int(beginning)
+    return index * item_bytes

@@ -76,6 +76,7 @@ def test_copies_are_found():
 
 SLICED = """
 %dynamic-slice-fusion (p0: s32[148], p1: bf16[256,128]) -> f32[32,32,128] {
+  %p0 = s32[148]{0} parameter(0)
   %slice.1 = s32[128]{0} slice(%p0), slice={[20:148]}
   ROOT %call.1 = f32[32,32,128]{2,1,0} custom-call(%p1, %slice.1), custom_call_target="mosaic_gpu_v2"
 }
@@ -89,8 +90,35 @@ ENTRY %main (ints: s32[148], q: bf16[256,128]) -> f32[32,32,128] {
 
 def test_a_kernel_that_reads_a_slice_where_it_lies_is_found():
     assert find_sliced_operands(SLICED, "mosaic_gpu") == ["a kernel reads a slice where it lies: dynamic-slice-fusion"]
+    assert find_sliced_operands(SLICED.replace("slice={[20:148]}", "slice={[64:192]}").replace("[148]", "[192]"), "mosaic_gpu") == []
+    assert find_sliced_operands(SLICED.replace(" slice(%p0), slice={[20:148]}", " dynamic-slice(%p0, %i)"), "mosaic_gpu") != []
     assert find_sliced_operands(SLICED, "xla.gpu.triton") == []
     assert find_sliced_operands(SLICED.replace("calls=%dynamic-slice-fusion", "calls=%other"), "mosaic_gpu") == []
+
+
+@pytest.mark.parametrize(
+    ("bounds", "found"),
+    [
+        ("[0:1], [0:16], [0:128]", False),
+        ("[0:1], [1:17], [0:128]", False),
+        ("[0:1], [0:16], [64:128]", True),
+        ("[1:2], [0:16], [0:128]", False),
+    ],
+)
+def test_a_slice_of_several_dimensions_that_begins_at_a_multiple_of_256_bytes_is_as_good_as_an_array(bounds, found):
+    text = f"""
+%fused (p0: bf16[2,24,128]) -> f32[16,128] {{
+  %p0.1 = bf16[2,24,128]{{2,1,0}} parameter(0)
+  %slice.378 = bf16[1,16,128]{{2,1,0}} slice(%p0.1), slice={{{bounds}}}
+  %bitcast.1 = bf16[16,128]{{1,0}} bitcast(%slice.378)
+  ROOT %call.1 = f32[16,128]{{1,0}} custom-call(%bitcast.1), custom_call_target="mosaic_gpu_v2"
+}}
+
+ENTRY %main (p: bf16[2,24,128]) -> f32[16,128] {{
+  ROOT %all = f32[16,128]{{1,0}} fusion(%p), kind=kCustom, calls=%fused
+}}
+"""
+    assert bool(find_sliced_operands(text, "mosaic_gpu")) == found
 
 
 def test_a_missing_target_or_a_dead_compiler_is_a_red_row(monkeypatch):
