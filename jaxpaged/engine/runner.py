@@ -248,7 +248,7 @@ class Runner:
             except BaseException:
                 threads.shutdown(wait=True, cancel_futures=True)
                 raise
-        self._slot_writer = self._slot_writer or self._compile_slot_writer()
+        self._set_slot(self.max_num_seqs, np.zeros(self.vocab_size, np.float32), np.zeros(self.vocab_size, np.int32))
         self.num_programs = len(self._programs) + 1 + self._host.compile(self.pool)
         self._warming = False
         self.compile_s += time.monotonic() - started
@@ -258,7 +258,6 @@ class Runner:
         self.preemption.computed(self.token_buckets[-1], time.monotonic() - started)
         self._pool, num_pages, seconds = self._host.measure(self.pool)
         self.preemption.moved(num_pages, seconds)
-        self._set_slot(self.max_num_seqs, *self._no_rows())
         self.mark_ready()
 
     def mark_ready(self) -> None:
@@ -298,12 +297,6 @@ class Runner:
     def _compile(self, token_bucket: int) -> Any:
         return self._step.lower(self._leaves, self._pool, self._padding(token_bucket), self._sampling).compile()
 
-    def _compile_slot_writer(self) -> Any:
-        return set_slot.lower(self._sampling, np.int32(0), *self._no_rows()).compile()
-
-    def _no_rows(self) -> tuple[np.ndarray, np.ndarray]:
-        return np.zeros(self.vocab_size, np.float32), np.zeros(self.vocab_size, np.int32)
-
     def _padding(self, token_bucket: int) -> StepInputs:
         rows = slot_bucket(token_bucket, self.max_num_seqs)
         return StepInputs.zeros(token_bucket, rows, self.table_width, max_num_seqs=self.max_num_seqs)
@@ -326,8 +319,10 @@ class Runner:
             self._set_slot(sequence.slot, *rows)
 
     def _set_slot(self, slot: int, bias: np.ndarray, flags: np.ndarray) -> None:
-        self._slot_writer = self._slot_writer or self._compile_slot_writer()
-        self._sampling = self._slot_writer(self._sampling, np.int32(slot), bias, flags)
+        arguments = (self._sampling, np.int32(slot), bias, flags)
+        if self._slot_writer is None:
+            self._slot_writer = set_slot.lower(*arguments).compile()
+        self._sampling = self._slot_writer(*arguments)
 
     def _on_read(self, plan: StepPlan, dispatched_at: float) -> None:
         """Times steps that compute much: what a token costs there is what it costs to compute a preempted sequence again."""

@@ -121,5 +121,5 @@ def test_time_is_linear(piece):
             gc.enable()
         return best
 
-    count = 50_000 // len(piece)
+    count = 200_000 // len(piece)
     assert seconds(4 * count) < 12 * max(seconds(count), 1e-3)
