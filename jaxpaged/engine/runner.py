@@ -12,6 +12,7 @@ import dataclasses
 import logging
 import os
 import time
+import weakref
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -182,8 +183,7 @@ class Runner:
         self._make_state()
         self._host = HostPages(self.pool, num_host_pages)
         self._read_at = 0.0
-        jax.monitoring.register_event_duration_secs_listener(self._on_duration)
-        jax.monitoring.register_event_listener(self._on_event)
+        self._stop_listening = _listen(self)
 
     @property
     def pool(self) -> PagePool:
@@ -272,9 +272,7 @@ class Runner:
 
     def close(self) -> None:
         """Frees the device's memory; the runner is of no use afterwards."""
-        with contextlib.suppress(ValueError, AssertionError):
-            jax.monitoring.unregister_event_duration_listener(self._on_duration)
-            jax.monitoring.unregister_event_listener(self._on_event)
+        self._stop_listening()
         self._pool = self._sampling = None
         self._leaves = ()
         self._programs.clear()
@@ -331,15 +329,45 @@ class Runner:
             self.preemption.computed(plan.num_tokens, now - max(dispatched_at, self._read_at))
         self._read_at = now
 
-    def _on_event(self, event: str, **_: object) -> None:
+    def on_event(self, event: str) -> None:
+        """Hears of each of JAX's events; counts what warm-up found in the compile cache."""
         self.cache_hits += event == _CACHE_HIT_EVENT and self._warming
 
-    def _on_duration(self, event: str, duration_secs: float, **_: object) -> None:
+    def on_duration(self, event: str, duration_secs: float) -> None:
+        """Hears how long each of JAX's events took, in seconds; counts compilations while serving, and warns of each."""
         if event == _COMPILE_EVENT and self._ready and self._dispatching:
             self.compilations_after_ready += 1
             self.compile_s += duration_secs
             message = "a program was compiled while serving, in %.1f s: token bucket %d, %d rows; compiled before: %s"
             logger.warning(message, duration_secs, *self._dispatching, sorted(self._programs))
+
+
+def _listen(runner: Runner) -> Callable[[], object]:
+    """Lets a runner hear JAX's events while it lives, and returns what ends that.
+
+    JAX's list of listeners is the process's and holds what is in it. So it gets functions that only look at the runner: weights and
+    pages go when nobody else holds them, closed or not.
+    """
+    found = weakref.ref(runner)
+
+    def on_event(event: str, **_: object) -> None:
+        if (listening := found()) is not None:
+            listening.on_event(event)
+
+    def on_duration(event: str, duration_secs: float, **_: object) -> None:
+        if (listening := found()) is not None:
+            listening.on_duration(event, duration_secs)
+
+    jax.monitoring.register_event_listener(on_event)
+    jax.monitoring.register_event_duration_secs_listener(on_duration)
+    return weakref.finalize(runner, _forget_listeners, on_event, on_duration)
+
+
+def _forget_listeners(on_event: Callable[..., None], on_duration: Callable[..., None]) -> None:
+    with contextlib.suppress(ValueError, AssertionError):  # somebody cleared the list
+        jax.monitoring.unregister_event_listener(on_event)
+    with contextlib.suppress(ValueError, AssertionError):
+        jax.monitoring.unregister_event_duration_listener(on_duration)
 
 
 def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:

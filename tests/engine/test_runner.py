@@ -1,10 +1,12 @@
 import dataclasses
+import gc
 
 import jax
 import numpy as np
 import pytest
-from engine_fakes import BUCKETS, HOST_PAGES, make, prompts, run
+from engine_fakes import BUCKETS, HOST_PAGES, SMALL, make, prompts, run
 
+from jaxpaged import LLM
 from jaxpaged.engine.preemption import PreemptionCost
 from jaxpaged.scheduling.plan import INVALID_TOKEN, PageCopy, StepPlan, Transfer, Work
 from jaxpaged.scheduling.request import Group, Sequence
@@ -260,3 +262,26 @@ def test_the_runner_knows_what_moving_and_computing_cost(small, monkeypatch):
     assert seen.seconds_per_token is None  # too little in a step to tell what a token costs in a full one
     run(small.engine(), [make("long", [5] * 40, max_tokens=3)])
     assert seen.seconds_per_token > 0
+
+
+# ------------------------------------------------------------------------------------------------------- what a runner leaves
+
+
+def device_bytes() -> int:
+    gc.collect()
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_memory_comes_back_from_engines_that_are_dropped(closed):
+    """Weights and pages of three engines in a row, each of which has served; nothing of the process holds a runner."""
+    options = {"max_num_seqs": 2, "max_num_batched_tokens": 4, "token_buckets": (4,), "num_pages": 9, "compilation_cache_dir": ""}
+    before = device_bytes()
+    for _ in range(3):
+        llm = LLM(load_format="dummy", hf_overrides=SMALL, show_progress=False, warmup=False, **options)
+        assert llm.generate([[5, 6]], use_tqdm=False)[0].outputs[0].token_ids
+        assert device_bytes() > before + 2**20
+        if closed:
+            llm.close()
+        del llm
+        assert device_bytes() == before
