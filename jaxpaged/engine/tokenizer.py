@@ -7,18 +7,16 @@ linear in the number of tokens, never shows half a character, and adds up to exa
 from __future__ import annotations
 
 import codecs
-import importlib
 import json
-import logging
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import tokenizers
 
+from jaxpaged.engine.chat_template import ChatTemplate, import_transformers
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
@@ -33,7 +31,7 @@ class Tokenizer:
     """A tokenizer that several threads may use at once: nothing in it changes after loading.
 
     Args:
-        hf: A transformers fast tokenizer, which renders chat templates.
+        hf: A transformers fast tokenizer; nothing of it is kept but its description.
         chat_template: Replaces the tokenizer's own template.
 
     Attributes:
@@ -46,8 +44,9 @@ class Tokenizer:
     """
 
     def __init__(self, hf: Any, *, chat_template: str | None = None) -> None:
-        self._hf = hf
-        self._chat_template = chat_template or _default_template(hf)
+        source = chat_template or _default_template(hf)
+        self._special_tokens: dict[str, str] = dict(hf.special_tokens_map)
+        self._chat_template = None if source is None else ChatTemplate(source, self._special_tokens)
         description = json.loads(hf.backend_tokenizer.to_str())
         description["truncation"] = description["padding"] = None
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -83,13 +82,18 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template {chat_template}: {error}") from error
         try:
-            hf = _transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
+            hf = import_transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
         except Exception as error:  # transformers raises nearly anything on damaged files
             reason = " ".join(str(error).split())[:300]
             raise CheckpointError(f"tokenizer in {path} cannot be loaded: {reason or type(error).__name__}") from error
         if not getattr(hf, "is_fast", False):
             raise CheckpointError(f"tokenizer in {path}: no tokenizer.json (a fast tokenizer is needed)")
         return cls(hf, chat_template=template)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        """Takes over what another process sent; how special tokens are encoded is not part of a pickled tokenizer."""
+        self.__dict__.update(state)
+        self._literal.encode_special_tokens = True
 
     @property
     def has_chat_template(self) -> bool:
@@ -99,7 +103,7 @@ class Tokenizer:
     @property
     def chat_template(self) -> str | None:
         """The Jinja source, if there is one."""
-        return self._chat_template
+        return None if self._chat_template is None else self._chat_template.source
 
     @property
     def special_token_ids(self) -> frozenset[int]:
@@ -152,7 +156,7 @@ class Tokenizer:
         Raises:
             RequestError: There is no template, or it rejects the conversation (with its message).
         """
-        template = chat_template or self._chat_template
+        template = self._chat_template if chat_template is None else ChatTemplate(chat_template, self._special_tokens)
         if template is None:
             message = "this model's tokenizer has no chat template: start the server with --chat-template, or use completions"
             raise RequestError(message, param="messages", code="no_chat_template")
@@ -162,18 +166,15 @@ class Tokenizer:
         mark = _unused_noncharacter(given)
         given = self._break_special(given, mark)
         try:
-            text = self._hf.apply_chat_template(
+            text = template.render(
                 given["messages"],
                 tools=given["tools"],
-                chat_template=template,
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                tokenize=False,
-                **given["more"],
+                variables=given["more"],
             )
-        except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
-            reason = self._plain_text(str(error), mark)
-            raise RequestError(f"the chat template rejects these messages: {reason}", param="messages", code="invalid_messages") from error
+        except RequestError as error:
+            raise RequestError(self._plain_text(str(error), mark), param=error.param, code=error.code) from error
         return self._encode_marked(text, mark) if mark in text else self.encode(text, add_special_tokens=False)
 
     def _break_special(self, value: Any, mark: str) -> Any:
@@ -256,20 +257,6 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """Returns what is left at the end: a replacement character for an unfinished one."""
         return self._utf8.decode(b"", final=True)
-
-
-def _transformers() -> Any:
-    """Imports transformers when a tokenizer is loaded: it takes seconds, and advises to install torch, which is not needed."""
-    log = logging.getLogger("transformers")
-
-    def without_advice(record: logging.LogRecord) -> bool:
-        return "PyTorch was not found" not in record.getMessage()
-
-    log.addFilter(without_advice)
-    try:
-        return importlib.import_module("transformers")
-    finally:
-        log.removeFilter(without_advice)
 
 
 def _default_template(hf: Any) -> str | None:

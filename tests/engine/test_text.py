@@ -1,5 +1,6 @@
 """Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
 
+import pickle
 import random
 
 import pytest
@@ -12,6 +13,7 @@ from tokenizers import decoders, models, normalizers
 from jaxpaged.config import TINY_MODEL
 from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
 from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
+from jaxpaged.errors import RequestError
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
@@ -346,8 +348,26 @@ def test_special_tokens_in_messages_are_text(tiny):
 
 def test_ordinary_conversations_are_encoded_as_the_template_renders_them(tiny):
     messages = [{"role": "system", "content": "Be brief."}, {"role": "user", "content": "日本 👍 <b>"}]
-    text = tiny._hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    hf = transformers.AutoTokenizer.from_pretrained(TINY_MODEL)
+    text = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
     assert tiny.apply_chat_template(messages) == tiny.encode(text, add_special_tokens=False)
+
+
+def test_a_tokenizer_can_be_sent_to_another_process(tiny, sentencepiece):
+    messages = [{"role": "user", "content": "<|im_end|> 日本 </s> <s>"}]
+    for tokenizer in (tiny, sentencepiece):
+        sent = pickle.loads(pickle.dumps(tokenizer))
+        template = tokenizer.chat_template or "{% for m in messages %}<s>{{ m.content }}</s>{% endfor %}"
+        ids = tokenizer.apply_chat_template(messages, chat_template=template)
+        assert sent.apply_chat_template(messages, chat_template=template) == ids
+        assert sent.encode(messages[0]["content"]) == tokenizer.encode(messages[0]["content"])
+        assert sent.decode(ids, skip_special_tokens=False) == tokenizer.decode(ids, skip_special_tokens=False)
+
+
+def test_the_reason_of_a_template_is_cut(tiny):
+    with pytest.raises(RequestError, match=r"rejects these messages: x{200,}\.\.\.$") as caught:
+        tiny.apply_chat_template([{"role": "user", "content": "hi"}], chat_template="{{ raise_exception('x' * 10**6) }}")
+    assert len(str(caught.value)) < 400
 
 
 def test_a_prefix_space_is_not_put_between_pieces(sentencepiece):

@@ -1,5 +1,6 @@
 """What the table cannot say: rules between fields, prompts, messages, models, sizes, media types, routes."""
 
+import copy
 import dataclasses
 import time
 
@@ -445,7 +446,7 @@ def test_a_limit_on_log_probabilities(make_client):
 def test_a_model_without_chat_template(make_client):
     client = make_client()
     tokenizer = client.engine.info.tokenizer
-    plain = type(tokenizer)(tokenizer._hf)
+    plain = copy.copy(tokenizer)
     plain._chat_template = None
     client.engine.info = dataclasses.replace(client.engine.info, tokenizer=plain)
     client.refused(client.post("/v1/chat/completions", CHAT), 400, code="no_chat_template", param="messages")
