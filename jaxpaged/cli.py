@@ -1,4 +1,4 @@
-"""``jaxpaged serve | generate | chat | memory | collect-env``: finds the command and runs it.
+"""``jaxpaged serve | generate | chat | memory | collect-env``: finds the command and runs it; ``--version`` says which one this is.
 
 Commands are loaded when used, so that ``jaxpaged --help`` does not wait for JAX.
 """
@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from jaxpaged.config import suggest
 from jaxpaged.errors import ConfigError, JaxpagedError
 from jaxpaged.flags import fail
+from jaxpaged.version import installed_version
 
 COMMANDS = {
     "serve": ("jaxpaged.commands.serve", "serve a model over OpenAI's HTTP API"),
@@ -35,6 +36,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if not args or args[0] in ("-h", "--help"):
         print(_usage())
         return 0 if args else 2
+    if args[0] in ("-V", "--version", "version"):
+        print(f"jaxpaged {installed_version()}")
+        return 0
     if args[0] not in COMMANDS:
         return fail(ConfigError(f"unknown command {args[0]!r}{suggest(args[0], COMMANDS)}; commands: {', '.join(COMMANDS)}"))
     try:
@@ -48,4 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _usage() -> str:
     lines = [f"  {name:12} {help}" for name, (_, help) in COMMANDS.items()]
-    return "usage: jaxpaged COMMAND ...\n\n" + "\n".join(lines) + "\n\njaxpaged COMMAND --help lists its flags."
+    return (
+        "usage: jaxpaged COMMAND ...\n\n"
+        + "\n".join(lines)
+        + "\n\njaxpaged COMMAND --help lists its flags; jaxpaged --version says which version this is."
+    )

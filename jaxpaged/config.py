@@ -7,9 +7,11 @@ meaning is the same. Values computed at start-up (the number of pages that fit, 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import difflib
 import json
+import logging
 import os
 import re
 import types
@@ -21,6 +23,9 @@ from typing import Any, Literal, TypeVar
 import yaml
 
 from jaxpaged.errors import ConfigError
+from jaxpaged.vllm_options import replace_vllm_options
+
+logger = logging.getLogger(__name__)
 
 _T = TypeVar("_T")
 
@@ -174,8 +179,10 @@ class ServerConfig:
     host: str = option("127.0.0.1", "address to listen on; 0.0.0.0 serves the network (use api_key then)")
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     uds: str | None = option(None, "path of a UNIX socket to listen on instead")
-    api_key: tuple[str, ...] = option((), "key that clients must send as a bearer token; may be given more than once")
-    served_model_name: tuple[str, ...] = option((), "names that clients use for the model; default: its directory's name")
+    api_key: tuple[str, ...] = option((), "key that clients must send as a bearer token; several are taken")
+    served_model_name: tuple[str, ...] = option(
+        (), "names that clients use for the model, the first in answers; default: its directory's name"
+    )
     root_path: str = option("", "path prefix when behind a proxy that strips it")
     allowed_origins: tuple[str, ...] = option((), "origins that browsers may call from; none by default")
     ssl_keyfile: str | None = option(None, "PEM file of the TLS key")
@@ -184,7 +191,7 @@ class ServerConfig:
     shutdown_timeout: float = option(30.0, "seconds that running requests get to finish after SIGTERM", low=0.0)
     request_timeout: float | None = option(None, "seconds after which a request is ended; default: none", low=0.001)
     metrics_prefix: Literal["jaxpaged", "vllm"] = option("jaxpaged", "prefix of the metric names")
-    log_requests: bool = option(False, "log one line per request (never its text)")
+    log_requests: bool = option(False, "log one line per request (never its text)", aliases=("enable_log_requests",))
     log_stats: bool = option(True, "log throughput every 10 s while busy")
     log_format: Literal["text", "json"] = option("text", "of the log")
     uvicorn_log_level: Literal["critical", "error", "warning", "info", "debug"] = option("warning", "log level of the HTTP server")
@@ -249,18 +256,24 @@ def iter_options(*groups: type) -> Iterator[Option]:
 
 
 def make_config(group: type[_T], values: Mapping[str, Any]) -> _T:
-    """Makes a config dataclass, nested ones included, from flat names or aliases.
+    """Makes a config dataclass, nested ones included, from flat names or aliases; None stands for an option's default.
+
+    Options of vLLM's that ask for what happens anyway are taken, and logged.
 
     Raises:
         ConfigError: A name is unknown (the nearest known one is suggested) or a value does not fit.
     """
     known = {spelling: opt for opt in iter_options(group) for spelling in (opt.name, *opt.aliases)}
+    ours, notes = replace_vllm_options(values, known)
+    for note in notes:
+        logger.info("%s", note)
     by_group: dict[type, dict[str, Any]] = {}
-    for name, value in values.items():
+    for name, value in ours.items():
         opt = known.get(name)
         if opt is None:
             raise ConfigError(f"unknown option {name!r}{suggest(name, known)}")
-        by_group.setdefault(opt.group, {})[opt.name] = None if value is None and opt.default is None else opt.parse(value, source=name)
+        if value is not None:
+            by_group.setdefault(opt.group, {})[opt.name] = opt.parse(value, source=name)
     config: _T = _build(group, by_group)
     return config
 
@@ -316,8 +329,7 @@ def _convert(kind: Any, value: object) -> Any:
             raise ValueError(value)
         return value
     if origin is tuple:
-        items = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else [value]
-        return tuple(_convert(args[0], item) for item in items)
+        return tuple(_convert(args[0], item) for item in _items(value))
     if origin is dict:
         content = json.loads(value) if isinstance(value, str) else value
         if not isinstance(content, dict):
@@ -331,6 +343,17 @@ def _convert(kind: Any, value: object) -> Any:
     if kind is float:
         return _fail(value) if isinstance(value, bool) else float(value)  # type: ignore[arg-type]
     return value if isinstance(value, str) else _fail(value)
+
+
+def _items(value: object) -> list[Any]:
+    """Returns the items of a list that came as one: as text with commas (from the environment), or as JSON, in which vLLM takes some."""
+    items = list(value) if isinstance(value, list | tuple) else [value]
+    if len(items) == 1 and isinstance(items[0], str) and items[0].startswith("["):
+        with contextlib.suppress(ValueError):
+            content = json.loads(items[0])
+            if all(isinstance(item, str) for item in content):
+                return list(content)
+    return value.split(",") if isinstance(value, str) else items
 
 
 def _parse_int(value: object) -> int:

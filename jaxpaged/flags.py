@@ -1,4 +1,4 @@
-"""Command-line flags made from the options of ``config``: parsing, precedence, and answers to flags that we lack.
+"""Command-line flags made from the options of ``config``, and vLLM's beside them: parsing and precedence.
 
 An option's value comes from the first of: the command line, ``JAXPAGED_<NAME>`` in the environment, the YAML file of
 ``--config``, the option's default.
@@ -8,47 +8,20 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
-from jaxpaged.config import Option, iter_options, make_config, read_environment, read_yaml, suggest
+from jaxpaged.config import EngineConfig, Option, iter_options, make_config, read_environment, read_yaml, suggest
 from jaxpaged.errors import ConfigError
-
-LACKING: Mapping[str, str] = {
-    "trust-remote-code": "code from a model directory is never executed; convert the model to a supported architecture",
-    "tensor-parallel-size": "this version runs on one device",
-    "tp": "this version runs on one device",
-    "pipeline-parallel-size": "this version runs on one device",
-    "data-parallel-size": "start one server per device behind a router",
-    "quantization": "this version computes in bfloat16, float16 or float32",
-    "enable-chunked-prefill": "chunked prefill is always on",
-    "no-enable-chunked-prefill": "chunked prefill is always on; raise --max-num-batched-tokens to make chunks larger",
-    "scheduling-policy": "requests run first come, first served",
-    "enforce-eager": "every step is compiled; use --no-warmup to compile on first use",
-    "enable-lora": "adapters are not in this version",
-    "speculative-config": "speculative decoding is not in this version",
-    "enable-auto-tool-choice": "tool calls are not in this version",
-    "tool-call-parser": "tool calls are not in this version",
-    "reasoning-parser": "reasoning parsers are not in this version",
-    "num-scheduler-steps": "steps overlap with the host by default, see --async-depth",
-    "tokenizer-mode": "the fast tokenizer is always used",
-    "cpu-offload-gb": "weights stay on the device",
-    "device": "JAX picks the device; set JAX_PLATFORMS to choose another",
-    "limit-mm-per-prompt": "models take text only",
-    "disable-log-requests": "requests are not logged unless --log-requests is given",
-    "disable-log-stats": "use --no-log-stats",
-    "enable-request-id-headers": "every answer carries x-request-id",
-    "enable-prompt-tokens-details": "cached tokens are always reported",
-    "gpu-memory-utilisation": "spelt --gpu-memory-utilization",
-}
-"""vLLM's flags that we know and do not have, each with what to do instead."""
+from jaxpaged.vllm_options import VLLM_OPTIONS, VllmOption, replace_vllm_options
 
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ConfigErrors, that takes no abbreviations, and answers unknown flags by name."""
 
-    def __init__(self, **kwargs: Any) -> None:
-        super().__init__(allow_abbrev=False, **kwargs)
+    def __init__(self, *, description: str = "", **kwargs: Any) -> None:
+        super().__init__(allow_abbrev=False, description=description.replace("``", ""), **kwargs)
 
     def error(self, message: str) -> NoReturn:
         """Raises ConfigError instead of printing usage."""
@@ -58,7 +31,7 @@ class Parser(argparse.ArgumentParser):
         """Parses ``argv``; ``_`` and ``-`` are alike in flags.
 
         Raises:
-            ConfigError: A flag is unknown (says whether vLLM has it, or which of ours is nearest) or lacks its value.
+            ConfigError: A flag is unknown (says which of ours is nearest) or lacks its value.
         """
         args, rest = self.parse_known_args([_dashed(arg) for arg in argv])
         if rest:
@@ -69,10 +42,9 @@ class Parser(argparse.ArgumentParser):
         name = arg.lstrip("-").partition("=")[0]
         if not arg.startswith("-"):
             raise ConfigError(f"unexpected argument {arg!r}")
-        if name in LACKING:
-            raise ConfigError(f"--{name} is a flag of vLLM that jaxpaged does not have: {LACKING[name]}")
-        known = {flag.lstrip("-"): flag for action in self._actions for flag in action.option_strings}
-        raise ConfigError(f"unknown flag --{name}{suggest(name, known)}")
+        shown = [action for action in self._actions if action.help is not argparse.SUPPRESS]
+        known = {flag.lstrip("-"): flag for action in shown for flag in action.option_strings}
+        raise ConfigError(f"unknown flag {arg.partition('=')[0]}{suggest(name, known)}")
 
 
 def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:
@@ -86,6 +58,9 @@ def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:
         if section is None:
             section = sections[opt.group] = parser.add_argument_group(_title(opt.group))
         _add_option(section, opt)
+    if EngineConfig in groups:
+        for name, theirs in VLLM_OPTIONS.items():
+            _add_vllm_option(parser, name, theirs)
 
 
 def read_options(args: argparse.Namespace, *groups: type) -> tuple[Any, ...]:
@@ -94,34 +69,77 @@ def read_options(args: argparse.Namespace, *groups: type) -> tuple[Any, ...]:
     Raises:
         ConfigError: Names the option, its value and what is allowed.
     """
+    merged, _ = _merge(args, groups)
+    return tuple(make_config(group, {o.name: merged[o.name] for o in iter_options(group) if o.name in merged}) for group in groups)
+
+
+def options_without_effect(args: argparse.Namespace, *groups: type) -> tuple[str, ...]:
+    """Returns a line for each option of vLLM's that was given and asks for what happens anyway.
+
+    Raises:
+        ConfigError: As ``read_options``.
+    """
+    return _merge(args, groups)[1]
+
+
+def _merge(args: argparse.Namespace, groups: tuple[type, ...]) -> tuple[dict[str, Any], tuple[str, ...]]:
+    """Returns the values that hold, by name, and the notes on vLLM's options."""
     known = {spelling: opt.name for opt in iter_options(*groups) for spelling in (opt.name, *opt.aliases)}
     merged: dict[str, Any] = {}
+    notes: list[str] = []
     layers = (
         (read_yaml(args.config), f"--config {args.config}: ") if args.config else ({}, ""),
         (read_environment(*groups), ""),
         (_given(args), ""),
     )
     for layer, where in layers:
-        for name, value in layer.items():
+        ours, without_effect = replace_vllm_options(layer, known, where=where)
+        notes += without_effect
+        for name, value in ours.items():
             if name not in known:
-                hint = LACKING.get(name.replace("_", "-"))
-                raise ConfigError(f"{where}unknown option {name!r}" + (f": {hint}" if hint else suggest(name, known)))
+                raise ConfigError(f"{where}unknown option {name!r}{suggest(name, known)}")
             merged[known[name]] = value
     if getattr(args, "model_argument", None):
         merged["model"] = args.model_argument
-    return tuple(make_config(group, {o.name: merged[o.name] for o in iter_options(group) if o.name in merged}) for group in groups)
+    if "model" not in merged:
+        _refuse_swallowed_model(args, groups)
+    return merged, tuple(notes)
+
+
+def _refuse_swallowed_model(args: argparse.Namespace, groups: tuple[type, ...]) -> None:
+    """Raises ConfigError if MODEL seems to stand behind a flag that takes several values: it would become one of them, unseen."""
+    for opt in iter_options(*groups):
+        values = getattr(args, opt.name, None)
+        if _takes_several(opt) and values and len(values) > 1 and ("/" in values[-1] or Path(values[-1]).is_dir()):
+            raise ConfigError(
+                f"{opt.flag} takes all values behind it, and the last looks like a model; name the model before the flags or with --model"
+            )
 
 
 def _add_option(section: Any, opt: Option) -> None:
     spellings = [opt.flag, *("--" + alias.replace("_", "-") for alias in opt.aliases)]
-    text = opt.help if opt.default in (None, ()) else f"{opt.help} (default {opt.default})"
+    text = opt.help if opt.default in (None, (), "") or "default" in opt.help else f"{opt.help} (default {opt.default})"
     text = text.replace("%", "%%")
     if opt.type is bool:
         section.add_argument(*spellings, dest=opt.name, action=argparse.BooleanOptionalAction, default=argparse.SUPPRESS, help=text)
-    elif str(opt.type).startswith("tuple[str"):
-        section.add_argument(*spellings, dest=opt.name, action="append", default=argparse.SUPPRESS, metavar="TEXT", help=text)
+    elif _takes_several(opt):
+        section.add_argument(*spellings, dest=opt.name, action="extend", nargs="+", default=argparse.SUPPRESS, metavar="TEXT", help=text)
     else:
         section.add_argument(*spellings, dest=opt.name, default=argparse.SUPPRESS, metavar=_metavar(opt), help=text)
+
+
+def _takes_several(opt: Option) -> bool:
+    return bool(opt.type == tuple[str, ...])
+
+
+def _add_vllm_option(parser: argparse.ArgumentParser, name: str, opt: VllmOption) -> None:
+    """Adds a flag of vLLM's, which ``--help`` does not show."""
+    spellings = ["--" + name.replace("_", "-"), *(dash + alias for alias in opt.aliases for dash in ("-", "--"))]
+    hidden: dict[str, Any] = {"dest": name, "default": argparse.SUPPRESS, "help": argparse.SUPPRESS}
+    if opt.is_switch:
+        parser.add_argument(*spellings, action=argparse.BooleanOptionalAction, **hidden)
+    else:
+        parser.add_argument(*spellings, **hidden)
 
 
 def _given(args: argparse.Namespace) -> dict[str, Any]:
@@ -138,7 +156,7 @@ def _metavar(opt: Option) -> str:
 
 
 def _title(group: type) -> str:
-    return (group.__doc__ or group.__name__).split("\n")[0].rstrip(".").lower()
+    return (group.__doc__ or group.__name__).split("\n")[0].rstrip(".").lower().replace("``", "")
 
 
 def _dashed(arg: str) -> str:
@@ -148,7 +166,12 @@ def _dashed(arg: str) -> str:
     return name.replace("_", "-") + equals + value
 
 
+def say(line: str) -> None:
+    """Prints one line for a person on standard error."""
+    print(f"jaxpaged: {line}", file=sys.stderr)  # noqa: T201
+
+
 def fail(error: Exception) -> int:
     """Prints one line for a person and returns exit code 2."""
-    print(f"jaxpaged: {error}", file=sys.stderr)  # noqa: T201
+    say(str(error))
     return 2

@@ -13,9 +13,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 from jaxpaged.config import TINY_MODEL, EngineConfig, Option, ServerConfig, iter_options
-from jaxpaged.flags import LACKING
 from jaxpaged.scheduling.fields import SAMPLING_FIELDS
 from jaxpaged.server.fields import ENDPOINTS, Status
+from jaxpaged.vllm_options import VLLM_OPTIONS
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 
@@ -48,9 +48,15 @@ def default(opt: Option) -> str:
     return "the packaged tiny model" if opt.default == str(TINY_MODEL) else f"`{opt.default}`"
 
 
-def lacking_table() -> str:
-    """Returns vLLM's flags that we answer by name."""
-    return "\n".join(["| flag of vLLM | answer |", "|---|---|", *(f"| `--{name}` | {hint} |" for name, hint in LACKING.items())])
+def vllm_table() -> str:
+    """Returns vLLM's options that are not ours: the values that are taken, and what happens instead."""
+    rows = ["| option of vLLM | taken | what happens |", "|---|---|---|"]
+    for name, opt in VLLM_OPTIONS.items():
+        spellings = ", ".join(f"`--{name.replace('_', '-')}`" if len(name) > 3 else f"`-{name}`" for name in (name, *opt.aliases))
+        values = (*opt.same, *(opt.becomes[1] if opt.becomes else ()))
+        taken = ", ".join(f"`{json.dumps(value) if not isinstance(value, str) else value}`" for value in values)
+        rows.append(f"| {spellings} | {taken} | {opt.why} |")
+    return "\n".join(rows)
 
 
 def sampling_table() -> str:
@@ -85,7 +91,7 @@ def shown_values(values: tuple[object, ...]) -> str:
 PARTS: dict[str, Callable[[], str]] = {
     "engine options": lambda: options_table(EngineConfig),
     "server options": lambda: options_table(ServerConfig),
-    "lacking flags": lacking_table,
+    "vllm options": vllm_table,
     "chat fields": lambda: fields_table("/v1/chat/completions", "honoured"),
     "chat fields without effect": lambda: fields_table("/v1/chat/completions", "no effect"),
     "chat fields not supported": lambda: fields_table("/v1/chat/completions", "unsupported"),

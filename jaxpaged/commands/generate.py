@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from jaxpaged.commands.sampling_flags import add_sampling_flags, read_sampling_flags
 from jaxpaged.config import EngineConfig
 from jaxpaged.errors import ConfigError
-from jaxpaged.flags import Parser, add_options, read_options
+from jaxpaged.flags import Parser, add_options, options_without_effect, read_options, say
 from jaxpaged.llm import LLM
 from jaxpaged.scheduling.request import SamplingParams
 
@@ -28,6 +28,8 @@ def run(argv: Sequence[str]) -> int:
     add_options(parser, EngineConfig)
     args = parser.parse(argv)
     (config,) = read_options(args, EngineConfig)
+    for note in options_without_effect(args, EngineConfig):
+        say(note)
     prompts = args.own_prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")

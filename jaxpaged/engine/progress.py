@@ -126,8 +126,9 @@ class Bars:
         self._console.print(text, markup=False, highlight=False, soft_wrap=True)
 
 
-def make_progress(stream: TextIO = sys.stderr) -> Progress:
-    """Returns bars if ``stream`` is a terminal, plain lines if not."""
+def make_progress(stream: TextIO | None = None) -> Progress:
+    """Returns bars if ``stream`` (default: what standard error is now) is a terminal, plain lines if not."""
+    stream = stream or sys.stderr
     if stream.isatty():
         return Bars(Console(file=stream))
     return Lines(lambda line: print(line, file=stream, flush=True))

@@ -20,7 +20,7 @@ import ssl
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import uvicorn
@@ -48,12 +48,15 @@ LAST_WORDS_S = 1.0
 MakeEngine = Callable[[EngineConfig, Progress], AsyncEngine]
 
 
-def run(engine_config: EngineConfig, server_config: ServerConfig, *, make_engine: MakeEngine | None = None) -> int:
+def run(
+    engine_config: EngineConfig, server_config: ServerConfig, *, notes: Sequence[str] = (), make_engine: MakeEngine | None = None
+) -> int:
     """Serves until a signal, or until the engine dies.
 
     Args:
         engine_config: What to load.
         server_config: Where and how to serve.
+        notes: Lines for the log about the options.
         make_engine: Makes the engine; tests pass one that makes a fake.
 
     Returns:
@@ -68,6 +71,8 @@ def run(engine_config: EngineConfig, server_config: ServerConfig, *, make_engine
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
+        for note in notes:
+            logger.info("%s", note)
         if not local and not any(server_config.api_key):
             logger.warning(
                 "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
