@@ -325,3 +325,227 @@ def test_many_clients_at_once(make_server):
         thread.join()
     assert answers == {i: f"client {i}" for i in range(60)}
     until(lambda: not server.engine.running)  # closed just after the last byte is sent
+
+
+def head_and_body(received):
+    head, _, body = received.partition(b"\r\n\r\n")
+    return head.lower(), body
+
+
+def post(path, version=b"1.1", headers=b"", **fields):
+    body = json.dumps({"model": "echo", "prompt": "page", "max_tokens": 4, **fields}).encode()
+    head = b"POST %s HTTP/%s\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n%s\r\n"
+    return head % (path, version, len(body), headers) + body
+
+
+@pytest.mark.parametrize("connection", [b"", b"Connection: keep-alive\r\n", b"Connection: close\r\n"], ids=["plain", "keep-alive", "close"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_of_http_1_0_gets_a_body_without_chunks_that_ends_with_the_connection(wire, stream, connection):
+    began = time.monotonic()
+    head, body = head_and_body(exchange(wire, post(b"/v1/completions", b"1.0", connection, stream=stream, n=2)))
+    assert time.monotonic() - began < 4.0  # the connection was closed; nobody waited for silence
+    assert head.startswith(b"http/1.1 200 ") and b"transfer-encoding" not in head and b"\r\nconnection: close" in head
+    if stream:
+        blocks = body.split(b"\n\n")
+        assert blocks.pop() == b"" and blocks.pop() == b"data: [DONE]"
+        assert all(block.startswith(b"data: {") for block in blocks)
+    else:
+        assert [choice["text"] for choice in json.loads(body)["choices"]] == ["page", "page"]
+        assert b"content-length: %d" % len(body) in head
+
+
+@pytest.mark.parametrize("method", [b"GET", b"HEAD"])
+@pytest.mark.parametrize("path", [b"/version", b"/metrics", b"/v1/models", b"/nowhere"])
+def test_head_and_get_of_both_versions_have_the_same_head(wire, method, path):
+    """A HEAD has no body in either version, and the length that the GET would have."""
+    lengths = set()
+    for version in (b"1.0", b"1.1"):
+        head, body = head_and_body(
+            exchange(wire, b"%s %s HTTP/%s\r\nHost: localhost\r\nConnection: close\r\n\r\n" % (method, path, version))
+        )
+        assert head.startswith(b"http/1.1 404 " if path == b"/nowhere" else b"http/1.1 200 ")
+        length = int(re.search(rb"\r\ncontent-length: (\d+)", head)[1])
+        assert len(body) == (0 if method == b"HEAD" else length)
+        lengths.add(length)
+    assert path == b"/metrics" or len(lengths) == 1
+
+
+def test_an_error_in_the_middle_of_a_stream_reaches_a_client_of_http_1_0(make_server):
+    server = make_server()
+    server.engine.fail_at = (2, "internal_error")
+    head, body = head_and_body(exchange(server, post(b"/v1/completions", b"1.0", stream=True)))
+    assert head.startswith(b"http/1.1 200 ") and b'{"error":' in body.split(b"\n\n")[-2] and b"[DONE]" not in body
+
+
+UPGRADES = {
+    "h2c": b"Connection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n",
+    "h2c, twice": b"Connection: Upgrade\r\nUpgrade: h2c\r\nConnection: upgrade\r\nUpgrade: TLS/1.2\r\n",
+    "websocket": b"Connection: keep-alive, Upgrade\r\nUpgrade: websocket\r\nSec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n",
+    "unknown": b"Upgrade: something-else\r\nConnection: UPGRADE\r\n",
+}
+
+
+@pytest.mark.parametrize("cut", [None, 30, 150, -4, -1], ids=["at once", "in the head", "in the head too", "in the body", "at the end"])
+@pytest.mark.parametrize("framing", ["length", "chunked"])
+@pytest.mark.parametrize("name", UPGRADES)
+def test_a_request_to_upgrade_is_answered_as_if_it_had_not_asked(wire, name, framing, cut):
+    request = post(b"/v1/completions", headers=UPGRADES[name])
+    if framing == "chunked":
+        head, _, body = request.partition(b"\r\n\r\n")
+        head = re.sub(rb"Content-Length: \d+", b"Transfer-Encoding: chunked", head)
+        request = head + b"\r\n\r\n" + b"%x\r\n%s\r\n0\r\n\r\n" % (len(body), body)
+    with wire.connect() as connection:
+        for _ in range(2):  # the connection is good for another one
+            connection.sendall(request[:cut])
+            if cut is not None:
+                time.sleep(0.05)
+                connection.sendall(request[cut:])
+            answer = read_answer(connection)
+            assert status_of(answer) == 200 and b'"text":"page"' in answer
+            assert b"upgrade" not in answer.lower()
+
+
+@pytest.mark.parametrize("count", [3, 400])
+def test_pipelined_requests_to_upgrade_are_all_answered(wire, count):
+    request = b"GET /version HTTP/1.1\r\nHost: localhost\r\n" + UPGRADES["h2c"] + b"\r\n"
+    received = exchange(wire, request * count + TAIL.replace(b"\r\n\r\n", b"\r\nConnection: close\r\n\r\n"), timeout=10.0)
+    assert received.count(b"HTTP/1.1 200 ") == count + 1
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+def test_an_upgrade_on_a_connection_that_closes(wire, version):
+    headers = UPGRADES["h2c"] + b"Connection: close\r\n"
+    head, body = head_and_body(exchange(wire, post(b"/v1/completions", version, headers)))
+    assert head.startswith(b"http/1.1 200 ") and json.loads(body)["choices"][0]["text"] == "page"
+
+
+@pytest.mark.parametrize("name", ["length and chunked", "two different lengths", "another encoding", "chunk size with a plus", "no host"])
+def test_a_request_to_upgrade_is_refused_for_what_any_other_is(wire, name):
+    data = SMUGGLING[name].replace(b"\r\n", b"\r\n" + UPGRADES["h2c"], 1)
+    received = exchange(wire, data + (b"" if "host" in name else TAIL), timeout=3.0)
+    assert status_of(received) == 400 and received.count(b"HTTP/1.1 ") == 1, received
+
+
+def test_connect_is_refused(wire):
+    received = exchange(wire, b"CONNECT example.com:443 HTTP/1.1\r\nHost: example.com:443\r\n\r\n" + TAIL)
+    assert status_of(received) == 400 and b"no proxy" in received and received.count(b"HTTP/1.1 ") == 1
+
+
+@pytest.mark.parametrize("upgrade", [b"", UPGRADES["h2c"]], ids=["plain", "upgrade"])
+def test_a_client_that_waits_for_100_continue_gets_it_before_it_sends_its_body(wire, upgrade):
+    request = post(b"/v1/completions", headers=b"Expect: 100-continue\r\n" + upgrade)
+    head, _, body = request.partition(b"\r\n\r\n")
+    with wire.connect() as connection:
+        connection.sendall(head + b"\r\n\r\n")
+        assert connection.recv(1000) == b"HTTP/1.1 100 Continue\r\n\r\n"
+        connection.sendall(body)
+        assert status_of(read_answer(connection)) == 200
+    refused = exchange(wire, head.replace(b"application/json", b"text/plain") + b"\r\n\r\n", timeout=1.0)
+    assert status_of(refused) == 415  # and no invitation to send the body
+    old = exchange(wire, request.replace(b"HTTP/1.1", b"HTTP/1.0"))
+    assert status_of(old) == 200, "a client of HTTP/1.0 knows no 100"
+
+
+@pytest.mark.parametrize("version", [b"1.0", b"1.1"])
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+@pytest.mark.parametrize("wait_s", [0.0, 0.8], ids=["at once", "slowly"])
+def test_a_client_that_closes_its_half_behind_its_request_gets_the_answer(make_server, stream, version, wait_s):
+    server = make_server(FakeAsyncEngine(step_s=0.1))
+    if wait_s:
+        server.engine.gate.clear()  # no token for longer than the first bytes of the head take
+        threading.Timer(wait_s, lambda: server.engine.loop.call_soon_threadsafe(server.engine.gate.set)).start()
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions", version, stream=stream))
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(1000), b""))
+    head, body = head_and_body(received)
+    assert head.startswith(b"http/1.1 200 ok\r\n") and b"\r\nconnection: close" in head
+    if stream:
+        assert b"data: [DONE]\n\n" in body and len(re.findall(rb'"text":"."', body)) == 4
+    else:
+        assert json.loads(body)["choices"][0]["text"] == "page"
+    until(lambda: not server.engine.running and len(server.service.calls) == 0)
+
+
+def test_a_client_that_closes_its_half_behind_several_requests_gets_all_answers(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.15))
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions") + post(b"/v1/completions", stream=True) + post(b"/v1/completions") + TAIL + b"GET /ver")
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert received.count(b"HTTP/1.1 200 OK\r\n") == 4 and received.count(b'"text":"page"') == 2
+    assert received.count(b"data: [DONE]") == 1 and received.count(b'{"version"') == 1
+
+
+@pytest.mark.parametrize("error", ["unknown model", "refused late"])
+def test_a_client_that_closes_its_half_gets_errors_too(make_server, error):
+    server = make_server()
+    server.engine.refuse_late = error == "refused late"
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions", **({"model": "other"} if error == "unknown model" else {})))
+        connection.shutdown(socket.SHUT_WR)
+        received = b"".join(iter(lambda: connection.recv(1000), b""))
+    assert status_of(received) == (404 if error == "unknown model" else 429)
+
+
+@pytest.mark.parametrize("closed", ["first", "later", "with the answer unread"])
+def test_a_client_that_closes_its_half_and_then_goes_away_ends_its_request(make_server, closed):
+    server = make_server()
+    server.engine.gate.clear()
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions"))
+        until(lambda: server.engine.running)
+        if closed != "first":
+            connection.shutdown(socket.SHUT_WR)
+            assert connection.recv(1) == b"H"
+            if closed == "later":
+                connection.recv(100)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
+
+
+@pytest.mark.parametrize("first", [{}, {"stream": True}], ids=["whole", "stream"])
+def test_a_client_that_goes_away_ends_the_request_in_front_of_the_one_it_sent_last(make_server, first):
+    server = make_server()
+    server.engine.gate.clear()
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions", **first) + post(b"/v1/completions"))
+        until(lambda: server.engine.running)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    server.engine.loop.call_soon_threadsafe(server.engine.gate.set)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
+    assert len(server.engine.submitted) == 1
+
+
+def test_two_hundred_clients_that_go_away_leave_nothing(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.02, max_calls=300))
+    connections = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(200)]
+    for i, connection in enumerate(connections):
+        send_generation(connection, stream=bool(i % 2))
+    until(lambda: len(server.engine.running) == 200)
+    for i, connection in enumerate(connections):
+        if i % 4 > 1:
+            connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        connection.close()
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 10.0)
+
+
+@pytest.mark.parametrize(
+    ("data", "status", "cause"),
+    [
+        (b"\x16\x03\x01\x02\x00\x01\x00\x01\xfc\x03\x03" + b"x" * 64, 400, "this port speaks plain HTTP, and a client began with TLS"),
+        (b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n", 400, "this server speaks HTTP/1.1, and a client began with HTTP/2"),
+        (b"secret nonsense\r\n\r\n", 400, "not a valid HTTP request: "),
+        (b"GET /version HTTP/1.1\r\nHost: a\r\nX: " + b"y" * 20_000 + b"\r\n\r\n", 431, "at most 100 headers"),
+        (SMUGGLING["two equal lengths"], 400, "not a valid HTTP request: "),
+    ],
+    ids=["TLS", "HTTP/2", "nonsense", "header", "lengths"],
+)
+def test_what_is_refused_is_logged_with_its_peer_and_cause(wire, caplog, data, status, cause):
+    with wire.connect() as connection:
+        peer = "{}:{}".format(*connection.getsockname())
+        connection.sendall(data)
+        answer = read_answer(connection)
+    assert status_of(answer) == status and cause.encode() in answer
+    lines = [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
+    assert [line for line in lines if line.startswith(f"refused a request of {peer} with {status}: {cause}")], lines
+    assert not any("secret" in line or "Invalid HTTP request" in line for line in lines)
