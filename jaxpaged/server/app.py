@@ -164,7 +164,7 @@ class Routes:
 
     async def metrics(self, request: Request) -> Response:
         """Shows the engine's counters."""
-        body, content_type = self._metrics.render(request.headers.get("accept", ""))
+        body, content_type = self._metrics.render()
         return Response(body, headers={"content-type": content_type})
 
     async def openapi(self, request: Request) -> Response:

@@ -1,5 +1,9 @@
 """/metrics: the engine's counters in Prometheus' text format, under vLLM's names so that its dashboards work.
 
+It is always the text format 0.0.4, which every Prometheus reads, whatever the client would rather have: the library's OpenMetrics writer
+turns the colon in a sample's name into an underscore for clients that do not ask for UTF-8 (Prometheus 2), but not in its TYPE line, so
+that names and types are lost. vLLM answers the same.
+
 The engine counts (``engine.telemetry``); here a snapshot is only turned into metric families when somebody asks. There is no
 process-wide registry: two servers in one process do not meet.
 """
@@ -10,7 +14,7 @@ from collections.abc import Iterable, Iterator
 
 from prometheus_client import CollectorRegistry, ProcessCollector
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
-from prometheus_client.exposition import choose_encoder
+from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
 from prometheus_client.registry import Collector
 
 from jaxpaged.engine.telemetry import HISTOGRAMS, EngineStats, HistogramSnapshot
@@ -120,7 +124,6 @@ class Metrics:
         self._registry.register(EngineCollector(service, prefix))
         ProcessCollector(registry=self._registry)
 
-    def render(self, accept: str) -> tuple[bytes, str]:
-        """Returns the body and its content type for an Accept header."""
-        encoder, content_type = choose_encoder(accept)
-        return encoder(self._registry), content_type
+    def render(self) -> tuple[bytes, str]:
+        """Returns the body and its content type."""
+        return generate_latest(self._registry), CONTENT_TYPE_PLAIN_0_0_4

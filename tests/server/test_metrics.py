@@ -1,7 +1,11 @@
-"""What /metrics says of the page pool."""
+"""What /metrics says, and in which format."""
 
 from types import SimpleNamespace
 
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from jaxpaged.config import ServerConfig
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.server.metrics import EngineCollector
 
@@ -24,3 +28,31 @@ def test_the_pools_bytes_and_dtype_are_shown():
     assert found["jaxpaged:kv_cache_bytes"].value == 12345
     labels = found["jaxpaged:cache_config_info"].labels
     assert (labels["block_size"], labels["num_gpu_blocks"], labels["cache_dtype"]) == ("64", "9", "int8")
+
+
+ACCEPT = {
+    "Prometheus 2.42": "application/openmetrics-text;version=1.0.0,application/openmetrics-text;version=0.0.1;q=0.75,"
+    "text/plain;version=0.0.4;q=0.5,*/*;q=0.1",
+    "Prometheus 3": "application/openmetrics-text;version=1.0.0;escaping=allow-utf-8;q=0.6,"
+    "application/openmetrics-text;version=0.0.1;q=0.5,text/plain;version=1.0.0;escaping=allow-utf-8;q=0.4,text/plain;version=0.0.4;q=0.3",
+    "Prometheus 3 with legacy names": "application/openmetrics-text;version=1.0.0;escaping=underscores,text/plain;version=0.0.4;q=0.3",
+    "escaped as values": "text/plain;version=1.0.0;escaping=values",
+    "OpenMetrics alone": "application/openmetrics-text;version=1.0.0",
+    "curl": "*/*",
+    "a browser": "text/html,application/xhtml+xml,application/xml;q=0.9,*/*;q=0.8",
+}
+
+
+@pytest.mark.parametrize("name", ACCEPT)
+@pytest.mark.parametrize("prefix", ["jaxpaged", "vllm"])
+def test_every_prometheus_gets_samples_with_colons_and_types(make_client, prefix, name):
+    client = make_client(config=ServerConfig(metrics_prefix=prefix))
+    answer = client.request("GET", "/metrics", headers={"accept": ACCEPT[name]})
+    assert answer.headers["content-type"] == "text/plain; version=0.0.4; charset=utf-8"
+    families = {family.name: family for family in text_string_to_metric_families(answer.text)}
+    own = [family for family in families.values() if not family.name.startswith("process_")]
+    assert len(own) > 20
+    for family in own:
+        assert family.type in ("gauge", "counter", "histogram"), family.name
+        assert all(sample.name.startswith(f"{prefix}:") for sample in family.samples), family.name
+    assert families[f"{prefix}:num_requests_running"].samples[0].value == 0
