@@ -26,14 +26,14 @@ TEMPLATE = (
 VOCAB = 264  # a few ids more than the tokenizer knows, as padded vocabularies have
 
 
-def byte_tokenizer() -> Tokenizer:
+def byte_tokenizer(template: str = TEMPLATE) -> Tokenizer:
     """One token per byte, and three special tokens."""
     alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
     backend = tokenizers.Tokenizer(tokenizers.models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
     backend.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = tokenizers.decoders.ByteLevel()
     backend.add_special_tokens([tokenizers.AddedToken(text, special=True, normalized=False) for text in SPECIAL])
-    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[2], chat_template=TEMPLATE)
+    hf = transformers.PreTrainedTokenizerFast(tokenizer_object=backend, eos_token=SPECIAL[2], chat_template=template)
     return Tokenizer(hf)
 
 

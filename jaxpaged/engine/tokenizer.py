@@ -17,14 +17,11 @@ from typing import Any
 import tokenizers
 
 from jaxpaged.engine.chat_template import ChatTemplate, import_transformers
+from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS, TemplateSupport, find_support, fit_messages, needs_support
 from jaxpaged.errors import CheckpointError, ConfigError, RequestError
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Code points that no text contains; one of them marks the special tokens that a message spells out."""
-
-_RESERVED_TEMPLATE_KEYS = frozenset(
-    ("messages", "tools", "documents", "add_generation_prompt", "conversation", "chat_template", "tokenize")
-)
 
 
 class Tokenizer:
@@ -47,6 +44,7 @@ class Tokenizer:
         source = chat_template or _default_template(hf)
         self._special_tokens: dict[str, str] = dict(hf.special_tokens_map)
         self._chat_template = None if source is None else ChatTemplate(source, self._special_tokens)
+        self._support: TemplateSupport | None = None  # of that template; found when the first conversation needs it
         description = json.loads(hf.backend_tokenizer.to_str())
         description["truncation"] = description["padding"] = None
         self._plain = tokenizers.Tokenizer.from_str(json.dumps(description))
@@ -142,47 +140,69 @@ class Tokenizer:
     ) -> list[int]:
         """Renders a conversation in the sandboxed template and returns its ids.
 
-        Special tokens that the text of a message spells out become ordinary text, never special tokens: their spelling is
+        Special tokens that a message, a tool or a variable spells out become ordinary text, never special tokens: their spelling is
         broken by a noncharacter while the template runs, and encoded as text afterwards.
 
         Args:
-            messages: Role and content each; content given as text parts is joined.
+            messages: Role and content each; content given as text parts is joined. Tool calls, results and reasoning go to a template that
+                shows them, see ``conversation.fit_messages``.
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: Leave the last message open instead.
             tools: JSON schemas of functions, for templates that show them.
             chat_template: Jinja source to use instead of the tokenizer's.
-            template_kwargs: More variables for the template.
+            template_kwargs: More variables for the template; names in ``RESERVED_TEMPLATE_KEYS`` are refused.
 
         Raises:
-            RequestError: There is no template, or it rejects the conversation (with its message).
+            RequestError: There is no template, or it rejects the conversation (with its message), or leaves a part of it out.
         """
         template = self._chat_template if chat_template is None else ChatTemplate(chat_template, self._special_tokens)
         if template is None:
             message = "this model's tokenizer has no chat template: start the server with --chat-template, or use completions"
             raise RequestError(message, param="messages", code="no_chat_template")
-        if clash := _RESERVED_TEMPLATE_KEYS.intersection(template_kwargs or ()):
+        if clash := RESERVED_TEMPLATE_KEYS.intersection(template_kwargs or ()):
             raise RequestError(f"chat_template_kwargs must not contain {sorted(clash)[0]!r}", param="chat_template_kwargs")
-        given = {"messages": [_join_parts(message) for message in messages], "tools": tools, "more": dict(template_kwargs or {})}
-        mark = _unused_noncharacter(given)
-        given = self._break_special(given, mark)
+        support = self._find_support(template) if needs_support(messages) else TemplateSupport(frozenset())
+        fitted = [_join_parts(message) for message in fit_messages(messages, support)]
+        more = {"tools": list(tools) if tools else None, **(template_kwargs or {})}
+        mark = _unused_noncharacter([fitted, more])
+        broken = self._break_values(more, mark)
         try:
             text = template.render(
-                given["messages"],
-                tools=given["tools"],
+                [self._break_values(message, mark) for message in fitted],
+                tools=broken.pop("tools"),
                 add_generation_prompt=add_generation_prompt,
                 continue_final_message=continue_final_message,
-                variables=given["more"],
+                variables=broken,
             )
         except RequestError as error:
             raise RequestError(self._plain_text(str(error), mark), param=error.param, code=error.code) from error
         return self._encode_marked(text, mark) if mark in text else self.encode(text, add_special_tokens=False)
 
+    def template_reads(self, name: str) -> bool:
+        """Whether the template's source has ``name`` in it; a variable that it does not name has no effect."""
+        return re.search(rf"\b{re.escape(name)}\b", self.chat_template or "") is not None
+
+    def _find_support(self, template: ChatTemplate) -> TemplateSupport:
+        """Returns what a template shows; the model's own is tried once."""
+        if template is self._chat_template and self._support is not None:
+            return self._support
+        support = find_support(
+            lambda messages: template.render(messages, add_generation_prompt=False, continue_final_message=False, tools=None, variables={})
+        )
+        if template is self._chat_template:
+            self._support = support
+        return support
+
+    def _break_values(self, given: Mapping[str, Any], mark: str) -> dict[str, Any]:
+        """Breaks the values, and leaves the names alone: they are the message's keys and the template's variables."""
+        return {key: self._break_special(item, mark) for key, item in given.items()}
+
     def _break_special(self, value: Any, mark: str) -> Any:
-        """Returns a copy in which every special token spelled in a string has ``mark`` after its first character."""
+        """Returns a copy in which every special token spelled in a string or a key has ``mark`` after its first character."""
         if isinstance(value, str):
             return self._special_pattern.sub(lambda match: match[0][0] + mark + match[0][1:], value)
         if isinstance(value, Mapping):
-            return {key: self._break_special(item, mark) for key, item in value.items()}
+            return {self._break_special(key, mark): self._break_special(item, mark) for key, item in value.items()}
         if isinstance(value, list | tuple):
             return [self._break_special(item, mark) for item in value]
         return value

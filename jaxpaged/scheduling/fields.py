@@ -56,8 +56,7 @@ class Field:
 
     def asks(self, value: object) -> bool:
         """Whether a value asks for anything."""
-        empty = isinstance(value, list | tuple | Mapping) and not value
-        return value is not None and not empty and value != self.default and value not in self.neutral
+        return not asks_for_nothing(value, (self.default, *self.neutral))
 
     def allowed(self) -> str:
         """Says in words what the field takes, for error messages and documentation."""
@@ -221,6 +220,20 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS, goes_with="samples"),
     Field("skip_special_tokens", "bool", "Leave special tokens out of the text.", default=True),
 )
+
+
+def asks_for_nothing(value: object, neutral: Sequence[object] = ()) -> bool:
+    """Whether a field's value asks for what happens anyway. The one place that says so, for sampling, bodies and messages.
+
+    Nothing is asked for by null, by an empty text, list or object, by an object of nulls, and by a value of ``neutral``. An object of
+    ``neutral`` stands for all objects that have its items. True and false are no numbers here, as in JSON.
+    """
+    if value is None or (isinstance(value, str | list | tuple) and not value):
+        return True
+    if isinstance(value, Mapping):
+        objects = [item for item in neutral if isinstance(item, Mapping) and item]
+        return all(item is None for item in value.values()) or any(item.items() <= value.items() for item in objects)
+    return any(isinstance(value, bool) == isinstance(item, bool) and value == item for item in neutral)
 
 
 def check_sampling_fields(values: Mapping[str, object]) -> None:

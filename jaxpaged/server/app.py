@@ -124,7 +124,8 @@ class Routes:
     async def tokenize(self, request: Request) -> Response:
         """Turns text into ids."""
         call: TokenizeCall = await self._service.read(request.scope, request.receive, parse_tokenize)
-        return json_response(await self._service.tokenize(call), headers=_ignored(call.ignored))
+        answer = await self._service.tokenize(call)
+        return json_response(answer, headers=_ignored(self._service.ignored(call, self._service.info())))
 
     async def detokenize(self, request: Request) -> Response:
         """Turns ids into text."""

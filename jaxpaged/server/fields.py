@@ -10,8 +10,9 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.fields import MAX_LOGPROBS, SAMPLING_FIELDS, Field
+from jaxpaged.scheduling.fields import MAX_LOGPROBS, SAMPLING_FIELDS, Field, asks_for_nothing
 
 Status = Literal["honoured", "no effect", "unsupported"]
 
@@ -23,6 +24,15 @@ MAX_MESSAGES = 4096
 
 MAX_LABEL_BYTES = 256
 """Longest string that only identifies somebody or something (user, model, ...)."""
+
+MAX_TOOLS = 128
+"""Most functions in ``tools``, and most calls in one message."""
+
+MAX_TEMPLATE_KWARGS = 64
+"""Most variables that a request gives to the chat template."""
+
+MAX_TEMPLATE_KWARGS_BYTES = 32 * 1024
+"""Most bytes of them, as JSON."""
 
 MAX_IDS = 2**20
 """Most token ids in a list; what the model takes is less and is checked where the model is known."""
@@ -41,7 +51,9 @@ class BodyField:
         default: Value when absent or null.
         required: Whether the body must have it.
         spec: Type and range, where a plain field of the sampling table's kind says it all; checked by ``check``.
-        neutral: Values that an unsupported field may have, because they ask for what happens anyway (null always may).
+        neutral: Values that an unsupported field may have, because they ask for what happens anyway (null and empty ones always may, see
+            ``asks_for_nothing``).
+        empty_asks: Whether an empty value of an unsupported field asks for something too.
     """
 
     name: str
@@ -53,6 +65,7 @@ class BodyField:
     required: bool = False
     spec: Field | None = None
     neutral: tuple[Any, ...] = ()
+    empty_asks: bool = False
 
     def check(self, value: object) -> None:
         """Raises RequestError, naming the field, unless ``value`` fits."""
@@ -62,7 +75,7 @@ class BodyField:
             self.spec.check(value)
         if isinstance(value, str) and self.spec is not None and self.spec.kind == "string" and len(value.encode()) > MAX_LABEL_BYTES:
             raise RequestError(f"{self.name} must be a string of at most {MAX_LABEL_BYTES} bytes", param=self.name)
-        if self.status == "unsupported" and not any(type(value) is type(item) and value == item for item in self.neutral):
+        if self.status == "unsupported" and (self.empty_asks or not asks_for_nothing(value, self.neutral)):
             raise RequestError(f"{self.name} is not supported by this server", param=self.name, code="unsupported_parameter")
 
 
@@ -78,7 +91,7 @@ def no_effect(name: str, meaning: str, spec: Field | None = None) -> BodyField:
 
 
 def unsupported(name: str, meaning: str, *neutral: Any) -> BodyField:
-    """Makes a field that is refused unless its value is null or one of ``neutral``."""
+    """Makes a field that is refused unless its value is null, empty or one of ``neutral``."""
     return BodyField(name, meaning, status="unsupported", neutral=neutral)
 
 
@@ -111,26 +124,61 @@ def _without(*names: str) -> tuple[BodyField, ...]:
     return tuple(honoured(spec) for spec in SAMPLING_FIELDS if spec.name not in names)
 
 
-_MESSAGE_SCHEMA = {
+_TEXT_PARTS: dict[str, Any] = {
+    "type": "array",
+    "items": {
+        "type": "object",
+        "required": ["type", "text"],
+        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    },
+}
+_FUNCTION_CALL: dict[str, Any] = {
     "type": "object",
-    "required": ["role"],
+    "required": ["name"],
     "properties": {
-        "role": {"enum": ["developer", "system", "user", "assistant"]},
-        "content": {
-            "anyOf": [
-                {"type": "string"},
-                {
-                    "type": "array",
-                    "items": {
-                        "type": "object",
-                        "required": ["type", "text"],
-                        "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_BYTES},
+        "arguments": {"type": ["string", "object", "null"], "description": "A JSON object, or its text."},
+    },
+}
+
+
+def _message(roles: list[str], content: dict[str, Any], required: list[str], **more: Any) -> dict[str, Any]:
+    name = {"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES}
+    properties = {"role": {"enum": roles}, "content": content, "name": name, **more}
+    return {"type": "object", "required": ["role", *required], "properties": properties}
+
+
+_MESSAGE_SCHEMA = {
+    "oneOf": [
+        _message(["developer", "system", "user"], {"anyOf": [{"type": "string"}, {**_TEXT_PARTS, "minItems": 1}]}, ["content"]),
+        _message(
+            ["assistant"],
+            {"anyOf": [{"type": ["string", "null"]}, _TEXT_PARTS]},
+            [],
+            reasoning_content={"type": ["string", "null"]},
+            reasoning={"type": ["string", "null"]},
+            function_call={"anyOf": [{"type": "null"}, _FUNCTION_CALL]},
+            tool_calls={
+                "type": ["array", "null"],
+                "maxItems": MAX_TOOLS,
+                "items": {
+                    "type": "object",
+                    "required": ["function"],
+                    "properties": {
+                        "id": {"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES},
+                        "type": {"enum": ["function", None]},
+                        "function": _FUNCTION_CALL,
                     },
                 },
-            ]
-        },
-        "name": {"type": "string"},
-    },
+            },
+        ),
+        _message(
+            ["tool", "function"],
+            {"anyOf": [{"type": ["string", "null"]}, _TEXT_PARTS]},
+            [],
+            tool_call_id={"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES},
+        ),
+    ]
 }
 
 MODEL = BodyField(
@@ -144,7 +192,8 @@ MODEL = BodyField(
 OPTIONAL_MODEL = dataclasses.replace(MODEL, required=False, default="the served model")
 MESSAGES = BodyField(
     "messages",
-    "The conversation; each message has a role (developer, system, user, assistant) and a content: a string, or a list of text parts.",
+    "The conversation; each message has a role (developer, system, user, assistant, tool, function) and a content: a string, or a list of "
+    "text parts.",
     f"a list of 1 to {MAX_MESSAGES} messages",
     {"type": "array", "items": _MESSAGE_SCHEMA, "minItems": 1, "maxItems": MAX_MESSAGES},
     required=True,
@@ -174,6 +223,42 @@ STREAM_OPTIONS = BodyField(
         "properties": {name: {"type": "boolean"} for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")},
     },
 )
+TOOLS = BodyField(
+    "tools",
+    "With messages: functions that the chat template shows the model.",
+    f"a list of at most {MAX_TOOLS} tools of type function",
+    {
+        "type": "array",
+        "maxItems": MAX_TOOLS,
+        "items": {
+            "type": "object",
+            "required": ["type", "function"],
+            "properties": {
+                "type": {"const": "function"},
+                "function": {
+                    "type": "object",
+                    "required": ["name"],
+                    "properties": {
+                        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_BYTES},
+                        "description": {"type": ["string", "null"]},
+                        "parameters": {"type": ["object", "null"]},
+                    },
+                },
+            },
+        },
+    },
+)
+CHAT_TEMPLATE_KWARGS = BodyField(
+    "chat_template_kwargs",
+    "Variables for the chat template, such as enable_thinking; those that it does not name are ignored and listed in the header. Fields of "
+    "the request and special tokens are no variables.",
+    f"an object of at most {MAX_TEMPLATE_KWARGS} names and {MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON",
+    {
+        "type": "object",
+        "maxProperties": MAX_TEMPLATE_KWARGS,
+        "propertyNames": {"pattern": "^[A-Za-z_][A-Za-z0-9_]{0,63}$", "not": {"enum": sorted(RESERVED_TEMPLATE_KEYS)}},
+    },
+)
 
 _GENERATION: tuple[BodyField, ...] = (
     honoured(Field("stream", "bool", "Send the answer as server-sent events while it is generated.", default=False)),
@@ -200,10 +285,10 @@ _GENERATION: tuple[BodyField, ...] = (
     no_effect("prompt_cache_retention", "A hint for caches."),
     no_effect("request_id", "The server names requests itself, see the header `x-request-id`.", _label("request_id")),
     no_effect("prediction", "A hint for speed."),
-    unsupported("bad_words", "Words never to generate; bad_token_ids is supported.", []),
-    unsupported("logits_processors", "Code from a request is never run.", []),
+    unsupported("bad_words", "Words never to generate; bad_token_ids is supported."),
+    unsupported("logits_processors", "Code from a request is never run."),
     unsupported("structured_outputs", "Grammar-constrained output."),
-    unsupported("guided_json", "Grammar-constrained output."),
+    BodyField("guided_json", "Grammar-constrained output.", status="unsupported", empty_asks=True),  # the empty schema means any JSON
     unsupported("guided_regex", "Grammar-constrained output."),
     unsupported("guided_choice", "Grammar-constrained output."),
     unsupported("guided_grammar", "Grammar-constrained output."),
@@ -216,7 +301,7 @@ _GENERATION: tuple[BodyField, ...] = (
     unsupported("cache_salt", "Partition of the prefix cache; not for clients to choose."),
     unsupported("priority", "Requests are served in the order in which they come.", 0),
     unsupported("kv_transfer_params", "Disaggregated serving."),
-    unsupported("vllm_xargs", "Arguments of vLLM's plugins.", {}),
+    unsupported("vllm_xargs", "Arguments of vLLM's plugins."),
 )
 
 CHAT_FIELDS: tuple[BodyField, ...] = (
@@ -233,9 +318,13 @@ CHAT_FIELDS: tuple[BodyField, ...] = (
     *_GENERATION,
     unsupported("add_special_tokens", "The chat template writes the special tokens.", False),
     unsupported("echo", "Repeat the last message.", False),
-    unsupported("tools", "Tool calls.", []),
+    dataclasses.replace(
+        TOOLS,
+        meaning="Functions that the chat template shows the model. Only with tool_choice none: calls are not read from the output.",
+    ),
+    CHAT_TEMPLATE_KWARGS,
     unsupported("tool_choice", "Tool calls.", "none", "auto"),
-    unsupported("functions", "Tool calls, in their old form.", []),
+    unsupported("functions", "Tool calls, in their old form."),
     unsupported("function_call", "Tool calls, in their old form.", "none", "auto"),
     no_effect("parallel_tool_calls", "Means something only with tools."),
     unsupported("modalities", "Kinds of output.", ["text"]),
@@ -244,11 +333,10 @@ CHAT_FIELDS: tuple[BodyField, ...] = (
     unsupported("reasoning_effort", "Of reasoning models.", "none"),
     unsupported("verbosity", "Of models trained for it.", "medium"),
     unsupported("include_reasoning", "Of reasoning models.", True),
-    unsupported("documents", "Retrieved documents.", []),
+    unsupported("documents", "Retrieved documents."),
     unsupported("chat_template", "The model's own template is used; code from a request is never run."),
-    unsupported("chat_template_kwargs", "Arguments of the template.", {}),
-    unsupported("mm_processor_kwargs", "Images, audio and video.", {}),
-    unsupported("media_io_kwargs", "Images, audio and video.", {}),
+    unsupported("mm_processor_kwargs", "Images, audio and video."),
+    unsupported("media_io_kwargs", "Images, audio and video."),
 )
 """Fields of POST /v1/chat/completions."""
 
@@ -259,7 +347,7 @@ COMPLETION_FIELDS: tuple[BodyField, ...] = (
     honoured(Field("echo", "bool", "Repeat the prompt before the completion.", default=False)),
     honoured(Field("add_special_tokens", "bool", "Add the tokenizer's special tokens to a prompt given as text.", default=True)),
     *_GENERATION,
-    unsupported("suffix", "Text after the insertion.", ""),
+    unsupported("suffix", "Text after the insertion."),
 )
 """Fields of POST /v1/completions."""
 
@@ -278,9 +366,9 @@ TOKENIZE_FIELDS: tuple[BodyField, ...] = (
     honoured(Field("continue_final_message", "bool", "With messages: leave the last message open.", default=False)),
     honoured(Field("return_token_strs", "bool", "Also return the tokens as text.", default=False)),
     unsupported("chat_template", "The model's own template is used; code from a request is never run."),
-    unsupported("chat_template_kwargs", "Arguments of the template.", {}),
-    unsupported("mm_processor_kwargs", "Images, audio and video.", {}),
-    unsupported("tools", "Tool calls.", []),
+    unsupported("mm_processor_kwargs", "Images, audio and video."),
+    TOOLS,
+    CHAT_TEMPLATE_KWARGS,
 )
 """Fields of POST /tokenize."""
 

@@ -7,19 +7,25 @@ What comes out is frozen and complete; what depends on the model (vocabulary, co
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.fields import SAMPLING_FIELDS
+from jaxpaged.scheduling.fields import SAMPLING_FIELDS, asks_for_nothing
 from jaxpaged.server.fields import (
     CHAT_FIELDS,
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
     MAX_IDS,
+    MAX_LABEL_BYTES,
     MAX_MESSAGES,
     MAX_PROMPTS,
+    MAX_TEMPLATE_KWARGS,
+    MAX_TEMPLATE_KWARGS_BYTES,
+    MAX_TOOLS,
     TOKENIZE_FIELDS,
     BodyField,
 )
@@ -28,11 +34,21 @@ _SAMPLING_NAMES = frozenset(spec.name for spec in SAMPLING_FIELDS)
 _TOKEN_ID_KEY = re.compile(r"(?:0|[1-9][0-9]{0,9})")
 _SHOWN_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
 _STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
-_ROLES = ("developer", "system", "user", "assistant")
-_MESSAGE_KEYS_WITHOUT_EFFECT = frozenset({"name", "refusal", "annotations"})
-_MESSAGE_KEYS_UNSUPPORTED = ("tool_calls", "tool_call_id", "function_call", "audio", "reasoning_content", "reasoning")
+_INDEX = re.compile(r"\[[0-9]+\]")
+_VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
+_ROLES = ("developer", "system", "user", "assistant", "tool", "function")
+_MAY_SAY_NOTHING = ("assistant", "tool", "function")
+_MESSAGE_KEYS_WITHOUT_EFFECT = frozenset({"refusal", "annotations"})
+_MESSAGE_KEYS_OF_ROLES: Mapping[str, tuple[str, ...]] = {
+    "tool_calls": ("assistant",),
+    "function_call": ("assistant",),
+    "reasoning_content": ("assistant",),
+    "reasoning": ("assistant",),
+    "tool_call_id": ("tool", "function"),
+    "audio": (),
+}
 
-Message = Mapping[str, str]
+Message = Mapping[str, Any]
 Prompt = str | tuple[int, ...]
 
 
@@ -43,7 +59,10 @@ class GenerationCall:
     Attributes:
         model: As the client wrote it.
         sampling: The sampling fields that the client gave, under ``SamplingParams``' names.
-        messages: The conversation; None for completions. Each message has exactly ``role`` and ``content``.
+        messages: The conversation; None for completions. Each message has ``role``, ``content`` and what templates may show beside:
+            ``name``, ``tool_calls``, ``function_call``, ``tool_call_id``, ``reasoning_content``, ``reasoning``.
+        tools: Functions for the chat template to show; None for none.
+        chat_template_kwargs: Variables for the chat template.
         prompts: Texts or token ids; empty for chat.
         stream: Whether to answer with events; ``include_usage`` and ``continuous_usage`` say what counts they carry.
         truncate_prompt_tokens: Keep only this many last tokens of each prompt; None for all.
@@ -54,6 +73,8 @@ class GenerationCall:
     model: str
     sampling: Mapping[str, Any]
     messages: tuple[Message, ...] | None = None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     prompts: tuple[Prompt, ...] = ()
     stream: bool = False
     include_usage: bool = False
@@ -86,6 +107,8 @@ class TokenizeCall:
     model: str | None
     prompt: str | None
     messages: tuple[Message, ...] | None
+    tools: tuple[Mapping[str, Any], ...] | None = None
+    chat_template_kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -118,6 +141,12 @@ def parse_chat(body: Mapping[str, Any]) -> GenerationCall:
     logprobs, top = values.pop("logprobs", None), values.pop("top_logprobs", None)
     if top and not logprobs:
         raise _bad("top_logprobs needs logprobs to be true", "top_logprobs")
+    if not asks_for_nothing(values.get("tools")) and values.get("tool_choice") != "none":
+        raise RequestError(
+            'tools is supported with tool_choice "none" only: this server does not read tool calls from the output',
+            param="tools",
+            code="unsupported_parameter",
+        )
     sampling = _sampling(values)
     if logprobs:
         sampling["logprobs"] = top or 0
@@ -125,6 +154,8 @@ def parse_chat(body: Mapping[str, Any]) -> GenerationCall:
         sampling["max_tokens"] = values["max_completion_tokens"]
     return GenerationCall(
         messages=messages,
+        tools=_parse_tools(values.get("tools")),
+        chat_template_kwargs=_parse_template_kwargs(values.get("chat_template_kwargs")),
         sampling=sampling,
         continue_final_message=values.get("continue_final_message", False),
         add_generation_prompt=values.get("add_generation_prompt", not values.get("continue_final_message", False)),
@@ -178,6 +209,8 @@ def parse_tokenize(body: Mapping[str, Any]) -> TokenizeCall:
         model=values.get("model"),
         prompt=prompt,
         messages=messages,
+        tools=_parse_tools(values.get("tools")),
+        chat_template_kwargs=_parse_template_kwargs(values.get("chat_template_kwargs")),
         add_special_tokens=values.get("add_special_tokens", True),
         add_generation_prompt=values.get("add_generation_prompt", not continued),
         continue_final_message=continued,
@@ -251,16 +284,17 @@ def _check_streamable(values: Mapping[str, Any]) -> None:
 
 
 def _parse_stream_options(options: object, stream: bool) -> Mapping[str, bool]:
-    if options is None:
+    if asks_for_nothing(options):
         return {}
-    if not stream:
-        raise _bad("stream_options needs stream to be true", "stream_options")
     if not isinstance(options, dict):
         raise _bad(f"stream_options must be an object of booleans; got {_shown(options)}", "stream_options")
     for name in _STREAM_OPTIONS:
         if not isinstance(options.get(name), bool | None):
             raise _bad(f"stream_options.{name} must be true or false; got {_shown(options[name])}", f"stream_options.{name}")
-    return {name: options[name] for name in _STREAM_OPTIONS if options.get(name) is not None}
+    wanted = {name: True for name in _STREAM_OPTIONS if options.get(name)}
+    if wanted and not stream:
+        raise _bad("stream_options needs stream to be true", "stream_options")
+    return wanted
 
 
 def _parse_bias(bias: object) -> object:
@@ -315,25 +349,115 @@ def _parse_message(message: object, where: str, ignored: dict[str, None]) -> Mes
     if not isinstance(message, dict):
         raise _bad(f"{where} must be an object with role and content; got {_shown(message)}", where)
     role = message.get("role")
-    if role in ("tool", "function"):
-        raise RequestError(
-            f"{where}.role {role!r} is not supported: this server has no tool calls", param=f"{where}.role", code="unsupported_parameter"
-        )
     if role not in _ROLES:
         raise _bad(f"{where}.role must be one of {', '.join(_ROLES)}; got {_shown(role)}", f"{where}.role")
-    for key in _MESSAGE_KEYS_UNSUPPORTED:
-        if message.get(key) not in (None, []):
-            raise RequestError(f"{where}.{key} is not supported by this server", param=f"{where}.{key}", code="unsupported_parameter")
-    for key in message:
-        if key not in ("role", "content") and key not in _MESSAGE_KEYS_WITHOUT_EFFECT and key not in _MESSAGE_KEYS_UNSUPPORTED:
+    parsed: dict[str, Any] = {"role": "system" if role == "developer" else role}
+    parsed["content"] = _parse_content(message.get("content"), f"{where}.content", may_be_empty=role in _MAY_SAY_NOTHING)
+    for key, value in message.items():
+        if key in ("role", "content") or key in _MESSAGE_KEYS_WITHOUT_EFFECT:
+            continue
+        if key != "name" and key not in _MESSAGE_KEYS_OF_ROLES:
             ignored[f"messages.{key}"] = None
-    content = _parse_content(message.get("content"), f"{where}.content")
-    return {"role": "system" if role == "developer" else role, "content": content}
+        elif not asks_for_nothing(value):
+            parsed[key] = _parse_message_key(key, value, role, f"{where}.{key}", ignored)
+    return parsed
 
 
-def _parse_content(content: object, where: str) -> str:
+def _parse_message_key(key: str, value: object, role: str, where: str, ignored: dict[str, None]) -> object:
+    """Returns the value of a key that only some messages have; whether the model's template shows it is seen where the template is."""
+    if key == "audio":
+        raise RequestError(f"{where} is not supported by this server", param=where, code="unsupported_parameter")
+    if key != "name" and role not in _MESSAGE_KEYS_OF_ROLES[key]:
+        raise _bad(f"{where} belongs to messages of role {' or '.join(_MESSAGE_KEYS_OF_ROLES[key])} only, not {role}", where)
+    match key:
+        case "tool_calls":
+            if not isinstance(value, list) or len(value) > MAX_TOOLS:
+                raise _bad(f"{where} must be a list of at most {MAX_TOOLS} calls; got {_shown(value)}", where)
+            return [_parse_call(call, f"{where}[{i}]", ignored) for i, call in enumerate(value)]
+        case "function_call":
+            return _parse_function(value, where, ignored)
+        case "reasoning_content" | "reasoning":
+            if not isinstance(value, str):
+                raise _bad(f"{where} must be a string; got {_shown(value)}", where)
+            return value
+        case _:
+            return _parse_label(value, where)
+
+
+def _parse_call(call: object, where: str, ignored: dict[str, None]) -> Mapping[str, Any]:
+    if not isinstance(call, dict):
+        raise _bad(f'{where} must be an object {{"id": ..., "type": "function", "function": ...}}; got {_shown(call)}', where)
+    if call.get("type") not in (None, "function"):
+        raise RequestError(
+            f"{where}.type {_shown(call['type'])} is not supported: only function is", param=f"{where}.type", code="unsupported_parameter"
+        )
+    for key in call:
+        if key not in ("id", "type", "function", "index"):
+            ignored[f"messages.tool_calls.{key}"] = None
+    name = {} if call.get("id") is None else {"id": _parse_label(call["id"], f"{where}.id")}
+    return {**name, "type": "function", "function": _parse_function(call.get("function"), f"{where}.function", ignored)}
+
+
+def _parse_function(function: object, where: str, ignored: dict[str, None]) -> Mapping[str, Any]:
+    """Returns a call's name and arguments; JSON text in the arguments is read where the template is (it may be long)."""
+    if not isinstance(function, dict):
+        raise _bad(f'{where} must be an object {{"name": ..., "arguments": ...}}; got {_shown(function)}', where)
+    arguments = function.get("arguments")
+    if not isinstance(arguments, str | dict | None):
+        raise _bad(f"{where}.arguments must be a JSON object, or its text; got {_shown(arguments)}", f"{where}.arguments")
+    for key in function:
+        if key not in ("name", "arguments"):
+            ignored[f"{_INDEX.sub('', where)}.{key}"] = None
+    return {"name": _parse_label(function.get("name"), f"{where}.name", empty=False), "arguments": arguments}
+
+
+def _parse_label(value: object, where: str, *, empty: bool = True) -> str:
+    if not isinstance(value, str) or len(value.encode()) > MAX_LABEL_BYTES or not (value or empty):
+        raise _bad(
+            f"{where} must be a{'' if empty else ' non-empty'} string of at most {MAX_LABEL_BYTES} bytes; got {_shown(value)}", where
+        )
+    return value
+
+
+def _parse_tools(tools: object) -> tuple[Mapping[str, Any], ...] | None:
+    """Returns the tools as the client gave them, for the template to show; None for none."""
+    if asks_for_nothing(tools):
+        return None
+    if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
+        raise _bad(f"tools must be a list of at most {MAX_TOOLS} tools; got {_shown(tools)}", "tools")
+    for i, tool in enumerate(tools):
+        where = f"tools[{i}]"
+        if not isinstance(tool, dict) or tool.get("type") != "function" or not isinstance(tool.get("function"), dict):
+            raise _bad(f'{where} must be an object {{"type": "function", "function": {{"name": ...}}}}; got {_shown(tool)}', where)
+        function = tool["function"]
+        _parse_label(function.get("name"), f"{where}.function.name", empty=False)
+        for key, kind, shown in (("description", str, "a string"), ("parameters", dict, "an object")):
+            if not isinstance(function.get(key), kind | None):
+                raise _bad(f"{where}.function.{key} must be {shown}; got {_shown(function[key])}", f"{where}.function.{key}")
+    return tuple(tools)
+
+
+def _parse_template_kwargs(given: object) -> Mapping[str, Any]:
+    """Returns the template's variables; the body has bounded how deep they nest."""
+    where = "chat_template_kwargs"
+    if asks_for_nothing(given):
+        return {}
+    if not isinstance(given, dict) or len(given) > MAX_TEMPLATE_KWARGS:
+        raise _bad(f"{where} must be an object of at most {MAX_TEMPLATE_KWARGS} names; got {_shown(given)}", where)
+    for name in given:
+        if not _VARIABLE.fullmatch(name) or name in RESERVED_TEMPLATE_KEYS:
+            rule = "is a name that a request may not give to the template" if name in RESERVED_TEMPLATE_KEYS else "is not a variable's name"
+            raise _bad(f"{where}: {_shown(name)} {rule}", where)
+    if (size := len(json.dumps(given))) > MAX_TEMPLATE_KWARGS_BYTES:
+        raise _bad(f"{where} must have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON; got {size}", where)
+    return given
+
+
+def _parse_content(content: object, where: str, *, may_be_empty: bool) -> str:
     if isinstance(content, str):
         return content
+    if may_be_empty and asks_for_nothing(content):
+        return ""
     if not isinstance(content, list) or not content:
         raise _bad(f"{where} must be a string or a list of text parts; got {_shown(content)}", where)
     texts = []

@@ -135,6 +135,11 @@ class Service:
         """Runs something that would keep the event loop busy."""
         return await asyncio.get_running_loop().run_in_executor(self._threads, work)
 
+    def ignored(self, call: GenerationCall | TokenizeCall, info: EngineInfo) -> tuple[str, ...]:
+        """Returns the names of what had no effect in a call: fields that nobody defines, variables that the template does not name."""
+        unread = (name for name in call.chat_template_kwargs if not info.tokenizer.template_reads(name))
+        return (*call.ignored, *(f"chat_template_kwargs.{name}" for name in unread))
+
     async def tokenize(self, call: TokenizeCall) -> dict[str, Any]:
         """Answers POST /tokenize."""
         info = self.info()
@@ -172,7 +177,8 @@ class Service:
                     requests, choices = await self._admit(asked, info, request_id, scope["state"].get("tenant", ""))
             except ClientGone:
                 return
-            headers = [(b"x-jaxpaged-ignored-fields", shown_names(asked.ignored).encode())] if asked.ignored else []
+            ignored = self.ignored(asked, info)
+            headers = [(b"x-jaxpaged-ignored-fields", shown_names(ignored).encode())] if ignored else []
             include_usage = asked.include_usage or (asked.stream and self.config.enable_force_include_usage)
             asked = dataclasses.replace(asked, include_usage=include_usage)
             answer = Generation(
@@ -259,7 +265,11 @@ def _encode(prompt: Prompt | None, messages: Sequence[Message] | None, call: Gen
     if prompt is not None:
         return info.tokenizer.encode(prompt, add_special_tokens=call.add_special_tokens)
     return info.tokenizer.apply_chat_template(
-        messages or (), add_generation_prompt=call.add_generation_prompt, continue_final_message=call.continue_final_message
+        messages or (),
+        add_generation_prompt=call.add_generation_prompt,
+        continue_final_message=call.continue_final_message,
+        tools=call.tools,
+        template_kwargs=call.chat_template_kwargs,
     )
 
 

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from server_fakes import replace_info
+from server_fakes import byte_tokenizer, replace_info
 from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
@@ -345,6 +345,70 @@ def test_an_assistants_message_comes_back_as_the_client_got_it(client):
     assert "x-jaxpaged-ignored-fields" not in answer.headers
     answer = client.post("/v1/chat/completions", CHAT | {"messages": [{"role": "user", "content": "x", "mood": "good"}]})
     assert answer.headers["x-jaxpaged-ignored-fields"] == "messages.mood"
+
+
+WITH_TOOLS = (
+    "{% if tools %}tools: {{ tools | tojson }}\n{% endif %}{% for m in messages %}<|im_start|>{{ m.role }}"
+    "{% if m.reasoning_content %}({{ m.reasoning_content }}){% endif %}{% if m.name %} {{ m.name }}{% endif %}{{ '\\n' + m.content }}"
+    "{% for call in m.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% if enable_thinking is false %}-{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def tool_client(client):
+    replace_info(client.engine, tokenizer=byte_tokenizer(WITH_TOOLS))
+    return client
+
+
+def prompt_of(client, **body):
+    """The prompt as /tokenize shows it, which is the prompt that a chat gets."""
+    tokens = client.post("/tokenize", body)
+    assert tokens.status_code == 200, tokens.text
+    chat = {key: value for key, value in body.items() if key != "tools"} | (
+        {"tools": body["tools"], "tool_choice": "none"} if "tools" in body else {}
+    )
+    answer = client.post("/v1/chat/completions", {"model": "echo", "max_tokens": 1, "return_token_ids": True} | chat)
+    assert answer.json()["prompt_token_ids"] == tokens.json()["tokens"]
+    assert answer.headers.get("x-jaxpaged-ignored-fields") == tokens.headers.get("x-jaxpaged-ignored-fields")
+    return client.post("/detokenize", {"tokens": tokens.json()["tokens"]}).json()["prompt"], answer.headers.get("x-jaxpaged-ignored-fields")
+
+
+def test_a_history_with_tool_calls_reaches_the_template(tool_client):
+    messages = [
+        {"role": "user", "content": "Ulm?", "name": "ann"},
+        {
+            "role": "assistant",
+            "content": None,
+            "refusal": None,
+            "reasoning_content": "look",
+            "tool_calls": [{"id": "c1", "type": "function", "index": 0, "function": {"name": "weather", "arguments": '{"city":"Ulm"}'}}],
+        },
+        {"role": "tool", "tool_call_id": "c1", "content": [{"type": "text", "text": "rain"}]},
+    ]
+    text, ignored = prompt_of(tool_client, messages=messages)
+    assert text == (
+        '<|im_start|>user ann\nUlm?<|im_end|>\n<|im_start|>assistant(look)\nweather{"city": "Ulm"}<|im_end|>\n'
+        "<|im_start|>tool\nrain<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert ignored is None
+    messages[1]["tool_calls"][0] |= {"mood": 1, "function": messages[1]["tool_calls"][0]["function"] | {"strict": True}}
+    assert prompt_of(tool_client, messages=messages) == (text, "messages.tool_calls.mood, messages.tool_calls.function.strict")
+
+
+def test_tools_stay_in_the_template_where_none_may_be_called(tool_client):
+    tool = {"type": "function", "function": {"name": "weather", "description": None, "parameters": {"type": "object"}}}
+    text, _ = prompt_of(tool_client, messages=CHAT["messages"], tools=[tool])
+    assert text.startswith("tools: " + json.dumps([tool]) + "\n<|im_start|>user\nhi")
+
+
+def test_variables_reach_the_template_and_those_it_does_not_name_are_listed(tool_client):
+    silent = {"chat_template_kwargs": {"enable_thinking": False, "mood": "x"}}
+    assert prompt_of(tool_client, messages=CHAT["messages"], **silent) == (
+        "<|im_start|>user\nhi<|im_end|>\n<|im_start|>assistant\n-",
+        "chat_template_kwargs.mood",
+    )
+    assert tool_client.engine.submitted[-1].prompt[-1] == tool_client.engine.info.tokenizer.encode("-")[0]
 
 
 def test_special_tokens_in_a_message_are_text(client):

@@ -9,10 +9,12 @@ from server_fakes import VOCAB, FakeAsyncEngine, replace_info
 from server_harness import events_of
 
 from jaxpaged.config import ServerConfig
-from jaxpaged.server.fields import MAX_MESSAGES, MAX_PROMPTS
+from jaxpaged.server.fields import MAX_MESSAGES, MAX_PROMPTS, MAX_TEMPLATE_KWARGS, MAX_TEMPLATE_KWARGS_BYTES, MAX_TOOLS
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": "echo", "prompt": "hi", "max_tokens": 2}
+CALL = {"id": "1", "type": "function", "function": {"name": "f", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object"}}}
 
 
 def said(**message):
@@ -31,8 +33,6 @@ CHAT_CASES = {
     "role in the wrong case": (said(role="User", content="x"), "messages[0].role"),
     "role is a number": (said(role=1, content="x"), "messages[0].role"),
     "role is a list": (said(role=["user"], content="x"), "messages[0].role"),
-    "tool role": (said(role="tool", content="x"), "messages[0].role"),
-    "function role": (said(role="function", content="x"), "messages[0].role"),
     "no content": (said(role="user"), "messages[0].content"),
     "content null": (said(role="user", content=None), "messages[0].content"),
     "content a number": (said(role="user", content=5), "messages[0].content"),
@@ -44,8 +44,28 @@ CHAT_CASES = {
     "audio part": (said(role="user", content=[{"type": "text", "text": "x"}, {"type": "input_audio"}]), "messages[0].content[1].type"),
     "part with a number": (said(role="user", content=[{"type": "text", "text": 5}]), "messages[0].content[0].text"),
     "part without text": (said(role="user", content=[{"type": "text"}]), "messages[0].content[0].text"),
-    "tool calls": (said(role="assistant", content="x", tool_calls=[{"id": "1"}]), "messages[0].tool_calls"),
-    "function call": (said(role="assistant", content="x", function_call={}), "messages[0].function_call"),
+    "tool calls that the template leaves out": (said(role="assistant", tool_calls=[CALL]), "messages[0].tool_calls"),
+    "function call that the template leaves out": (said(role="assistant", function_call=CALL["function"]), "messages[0].function_call"),
+    "reasoning that the template leaves out": (said(role="assistant", content="x", reasoning="y"), "messages[0].reasoning"),
+    "tool calls of a user": (said(role="user", content="x", tool_calls=[CALL]), "messages[0].tool_calls"),
+    "reasoning of a tool": (said(role="tool", content="x", reasoning_content="y"), "messages[0].reasoning_content"),
+    "a user's tool_call_id": (said(role="user", content="x", tool_call_id="1"), "messages[0].tool_call_id"),
+    "tool_call_id is a number": (said(role="tool", content="x", tool_call_id=1), "messages[0].tool_call_id"),
+    "name is a number": (said(role="user", content="x", name=1), "messages[0].name"),
+    "name is 4 KB": (said(role="user", content="x", name="x" * 4096), "messages[0].name"),
+    "reasoning is a list": (said(role="assistant", content="x", reasoning_content=["y"]), "messages[0].reasoning_content"),
+    "tool calls are an object": (said(role="assistant", tool_calls=CALL), "messages[0].tool_calls"),
+    "too many tool calls": (said(role="assistant", tool_calls=[CALL] * (MAX_TOOLS + 1)), "messages[0].tool_calls"),
+    "a call is text": (said(role="assistant", tool_calls=[CALL, "f"]), "messages[0].tool_calls[1]"),
+    "a call of another type": (said(role="assistant", tool_calls=[CALL | {"type": "custom"}]), "messages[0].tool_calls[0].type"),
+    "a call's id is a number": (said(role="assistant", tool_calls=[CALL | {"id": 1}]), "messages[0].tool_calls[0].id"),
+    "a call without function": (said(role="assistant", tool_calls=[{"id": "1"}]), "messages[0].tool_calls[0].function"),
+    "a call without name": (
+        said(role="assistant", tool_calls=[{"function": {"arguments": "{}"}}]),
+        "messages[0].tool_calls[0].function.name",
+    ),
+    "an empty name": (said(role="assistant", function_call={"name": ""}), "messages[0].function_call.name"),
+    "arguments are a list": (said(role="assistant", function_call={"name": "f", "arguments": [1]}), "messages[0].function_call.arguments"),
     "audio answer": (said(role="assistant", content="x", audio={"id": "1"}), "messages[0].audio"),
     "second message": ({"messages": [{"role": "user", "content": "x"}, {"role": "x"}]}, "messages[1].role"),
     "top_logprobs alone": ({"top_logprobs": 2}, "top_logprobs"),
@@ -53,11 +73,31 @@ CHAT_CASES = {
     "continue a user's message": ({"continue_final_message": True}, "continue_final_message"),
     "continue and start": ({"continue_final_message": True, "add_generation_prompt": True}, "continue_final_message"),
     "logprobs as a number": ({"logprobs": 5}, "logprobs"),
+    "tools": ({"tools": [TOOL]}, "tools"),
+    "tools of one's own choice": ({"tools": [TOOL], "tool_choice": "auto"}, "tools"),
+    "a tool that must be called": ({"tools": [TOOL], "tool_choice": "required"}, "tool_choice"),
+    "tools are an object": ({"tools": TOOL, "tool_choice": "none"}, "tools"),
+    "too many tools": ({"tools": [TOOL] * (MAX_TOOLS + 1), "tool_choice": "none"}, "tools"),
+    "a tool is text": ({"tools": ["f"], "tool_choice": "none"}, "tools[0]"),
+    "a tool of another type": ({"tools": [TOOL, TOOL | {"type": "custom"}], "tool_choice": "none"}, "tools[1]"),
+    "a tool without function": ({"tools": [{"type": "function"}], "tool_choice": "none"}, "tools[0]"),
+    "a tool without name": ({"tools": [{"type": "function", "function": {}}], "tool_choice": "none"}, "tools[0].function.name"),
+    "parameters are text": (
+        {"tools": [{"type": "function", "function": {"name": "f", "parameters": "x"}}], "tool_choice": "none"},
+        "tools[0].function.parameters",
+    ),
+    "variables are text": ({"chat_template_kwargs": "x"}, "chat_template_kwargs"),
+    "variables are a list": ({"chat_template_kwargs": [1]}, "chat_template_kwargs"),
+    "a variable that is ours": ({"chat_template_kwargs": {"messages": []}}, "chat_template_kwargs"),
+    "a special token": ({"chat_template_kwargs": {"eos_token": "x"}}, "chat_template_kwargs"),
+    "a variable that is no name": ({"chat_template_kwargs": {"a b": 1}}, "chat_template_kwargs"),
+    "too many variables": ({"chat_template_kwargs": {f"v{i}": i for i in range(MAX_TEMPLATE_KWARGS + 1)}}, "chat_template_kwargs"),
+    "variables too large": ({"chat_template_kwargs": {"x": "x" * MAX_TEMPLATE_KWARGS_BYTES}}, "chat_template_kwargs"),
 }
 
 BOTH_CASES = {
     "stream_options without stream": ({"stream_options": {"include_usage": True}}, "stream_options"),
-    "stream_options as a list": ({"stream": True, "stream_options": []}, "stream_options"),
+    "stream_options as a list": ({"stream": True, "stream_options": [1]}, "stream_options"),
     "stream_options as text": ({"stream": True, "stream_options": "x"}, "stream_options"),
     "include_usage as text": ({"stream": True, "stream_options": {"include_usage": "yes"}}, "stream_options.include_usage"),
     "continuous as a number": ({"stream": True, "stream_options": {"continuous_usage_stats": 1}}, "stream_options.continuous_usage_stats"),
@@ -167,6 +207,9 @@ def test_another_model_does_not_exist(shared_client, name):
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
         ("/tokenize", {"prompt": "x" * 100_000}, "prompt"),
+        ("/tokenize", {"messages": CHAT["messages"], "tools": [{}]}, "tools[0]"),
+        ("/tokenize", {"messages": CHAT["messages"], "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
+        ("/tokenize", {"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),
         ("/detokenize", {"tokens": "x"}, "tokens"),
         ("/detokenize", {"tokens": [-1]}, "tokens"),
         ("/detokenize", {"tokens": [1.0]}, "tokens"),

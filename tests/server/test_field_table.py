@@ -33,7 +33,7 @@ WRONG = {
         {"9" * 11: 1},
     ],
 }
-SPECIAL = {"model", "messages", "prompt", "stream_options", "tokens"}
+SPECIAL = {"model", "messages", "prompt", "stream_options", "tokens", "tools", "chat_template_kwargs"}
 """Fields with rules of their own; test_bad_input.py has their cases."""
 
 
@@ -125,10 +125,79 @@ def test_an_unsupported_field_is_refused_unless_it_asks_for_what_happens_anyway(
     for value in ("x", 5, {"x": 1}, [{"type": "function"}], 0.5):
         answer = shared_client.post(path, BODIES[path] | {field.name: value})
         shared_client.refused(answer, 400, code="unsupported_parameter", param=field.name)
-    for value in (None, *field.neutral):
+    empty = () if field.empty_asks else ("", [], {}, {"a": None})
+    for value in (None, *field.neutral, *empty):
         answer = shared_client.post(path, BODIES[path] | {field.name: value})
         assert answer.status_code == 200, answer.text
         assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+def test_the_empty_schema_asks_for_something(shared_client):
+    for path in ("/v1/chat/completions", "/v1/completions"):
+        shared_client.refused(shared_client.post(path, BODIES[path] | {"guided_json": {}}), 400, param="guided_json")
+
+
+NOTHING = [
+    {"response_format": {"type": "text", "json_schema": {"name": "x"}}},
+    {"stop": []},
+    {"logit_bias": {}},
+    {"stream_options": {}},
+    {"stream_options": {"include_usage": False}},
+    {"stream_options": {"include_usage": None, "include_obfuscation": False}},
+    {"stream": True, "stream_options": {}},
+    {"stop_token_ids": [], "bad_token_ids": []},
+    {"priority": 0.0},
+]
+NOTHING_OF_CHATS = [
+    {"tools": []},
+    {"tools": [], "tool_choice": "auto"},
+    {"tools": None, "tool_choice": "none"},
+    {"function_call": "none", "functions": []},
+    {"chat_template_kwargs": {}},
+    {"chat_template_kwargs": {"enable_thinking": None}},
+    {"modalities": ["text"]},
+]
+EMPTY_PARTS = [
+    *({key: value} for key in ("content", "reasoning_content", "reasoning", "tool_calls", "audio", "name") for value in (None, "", [], {})),
+    {"function_call": None},
+    {"function_call": {}},
+    {"function_call": {"name": None, "arguments": None}},
+    {"audio": {"id": None}},
+]
+
+
+@pytest.mark.parametrize("change", NOTHING, ids=str)
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_what_asks_for_nothing_is_taken(shared_client, path, change):
+    answer = shared_client.post(path, BODIES[path] | change)
+    assert answer.status_code == 200, answer.text
+    assert "x-jaxpaged-ignored-fields" not in answer.headers
+
+
+@pytest.mark.parametrize("change", NOTHING_OF_CHATS, ids=str)
+def test_what_asks_for_nothing_in_a_chat_is_taken(shared_client, change):
+    answer = shared_client.post("/v1/chat/completions", BODIES["/v1/chat/completions"] | change)
+    assert answer.status_code == 200, answer.text
+    assert "x-jaxpaged-ignored-fields" not in answer.headers
+    assert shared_client.post("/tokenize", BODIES["/tokenize"] | {"tools": [], "chat_template_kwargs": {}}).status_code == 200
+
+
+@pytest.mark.parametrize("part", EMPTY_PARTS, ids=str)
+def test_an_empty_part_of_an_assistants_message_is_no_part(shared_client, part):
+    content = {} if "content" in part else {"content": "hm"}
+    plain = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": content.get("content", "")}]
+    expected = shared_client.post("/tokenize", {"messages": plain}).json()
+    for message in ({**content, **part}, content):
+        answer = shared_client.post("/tokenize", {"messages": [plain[0], {"role": "assistant", **message}]})
+        assert answer.status_code == 200, answer.text
+        assert answer.json() == expected
+
+
+@pytest.mark.parametrize("content", [None, "", [], "absent"])
+def test_the_result_of_a_tool_may_be_empty(shared_client, content):
+    message = {"role": "tool", "tool_call_id": "1"} | ({} if content == "absent" else {"content": content})
+    answer = shared_client.post("/v1/chat/completions", BODIES["/v1/chat/completions"] | {"messages": [message]})
+    assert answer.status_code == 200, answer.text
 
 
 GENERATION = [path for path in ENDPOINTS if path.startswith("/v1/")]
