@@ -184,7 +184,13 @@ class ServerConfig:
         (), "names that clients use for the model, the first in answers; default: its directory's name"
     )
     root_path: str = option("", "path prefix when behind a proxy that strips it")
-    allowed_origins: tuple[str, ...] = option((), "origins that browsers may call from; none by default")
+    allowed_origins: tuple[str, ...] = option(
+        (), "origins whose pages may call through a browser; * for all; default: those of loopback where it listens there without a key"
+    )
+    allowed_hosts: tuple[str, ...] = option(
+        (),
+        "names that clients may call it by, beside loopback's; * for all; default: all, or none where it listens on loopback without a key",
+    )
     ssl_keyfile: str | None = option(None, "PEM file of the TLS key")
     ssl_certfile: str | None = option(None, "PEM file of the TLS certificate")
     max_body_bytes: int = option(8 * 2**20, "bytes of a request body; beyond them the answer is 413", low=1024)

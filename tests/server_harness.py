@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import functools
 import json
 import re
 import socket
@@ -13,6 +14,7 @@ import uvicorn
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.server.app import create_app
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
 
 LEAK = re.compile(r"0x[0-9a-fA-F]{6,}|File \"|Traceback|/(?:usr|home|root|tmp|work|opt|var|site-packages)/")
@@ -80,15 +82,23 @@ def events_of(text):
 class LoopbackServer:
     """The application on a real socket, in a thread."""
 
-    def __init__(self, engine, config=None, protocol=GuardedProtocol, **options):
+    def __init__(self, engine, config=None, protocol=GuardedProtocol, callers=None, **options):
         self.engine = engine
-        self.app = create_app(engine, config or ServerConfig(), **options)
+        config = config or ServerConfig()
+        callers = callers or Callers(allowed_origins=config.allowed_origins, allowed_hosts=config.allowed_hosts)
+        self.app = create_app(engine, config, callers=callers, **options)
         self.service = self.app.state.service
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]
         self.url = f"http://127.0.0.1:{self.port}"
         settings = uvicorn.Config(
-            self.app, http=protocol, ws="none", lifespan="off", log_config=None, access_log=False, timeout_graceful_shutdown=1
+            self.app,
+            http=functools.partial(protocol, callers=callers),
+            ws="none",
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=1,
         )
         self._server = uvicorn.Server(settings)
         self._thread = threading.Thread(target=lambda: asyncio.run(self._main()), daemon=True)

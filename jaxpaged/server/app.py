@@ -7,7 +7,6 @@ from typing import Any
 
 from fastapi import FastAPI
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.responses import Response
 from starlette.routing import BaseRoute, Route
@@ -17,6 +16,7 @@ from jaxpaged.config import ServerConfig
 from jaxpaged.engine.async_engine import AsyncEngine
 from jaxpaged.errors import JaxpagedError, RequestError
 from jaxpaged.server.answers import ClientGone, Problem, RequestTimedOut, describe, json_response
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import Gate, RequireKey
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.openapi import describe_api
@@ -36,14 +36,14 @@ from jaxpaged.version import installed_version
 _READ = ["GET", "HEAD"]
 
 
-def create_app(engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str] = (), local_only: bool = False) -> FastAPI:
+def create_app(engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str] = (), callers: Callers | None = None) -> FastAPI:
     """Makes the ASGI application.
 
     Args:
         engine: Started by the caller; while it loads, only the health routes and /metrics answer with 200.
         config: Keys, limits, names.
         names: Names of the model; default: ``config.served_model_name``, then the model's own.
-        local_only: Whether it is served on loopback only, see ``Gate``.
+        callers: Who may call through a browser; default: the pages that ``config`` allows.
 
     Returns:
         The application; ``app.state.service`` holds the calls in flight.
@@ -58,15 +58,7 @@ def create_app(engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str
     keys = tuple(key for key in config.api_key if key)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
-    if config.allowed_origins:
-        app.add_middleware(
-            CORSMiddleware,
-            allow_origins=list(config.allowed_origins),
-            allow_methods=["GET", "POST"],
-            allow_headers=["authorization", "content-type"],
-            expose_headers=["x-request-id", "x-jaxpaged-ignored-fields"],
-        )
-    app.add_middleware(Gate, local_only=local_only and not keys, allowed_origins=config.allowed_origins)
+    app.add_middleware(Gate, callers=callers or Callers(allowed_origins=config.allowed_origins, allowed_hosts=config.allowed_hosts))
     return app
 
 

@@ -14,12 +14,12 @@ import secrets
 import traceback
 import uuid
 from collections.abc import Sequence
-from urllib.parse import urlsplit
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxpaged.server.answers import Problem, describe
+from jaxpaged.server.callers import Callers, origin_of
 
 logger = logging.getLogger(__name__)
 
@@ -31,23 +31,21 @@ MAX_HEADER_BYTES = 16 * 1024
 MAX_URL_BYTES = 8 * 1024
 
 _HOST = re.compile(rb"(?:\[[0-9A-Fa-f:.]{2,45}\]|[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,252}))(?::[0-9]{1,5})?")
-_LOOPBACK_NAMES = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Gate:
-    """Names each request, refuses the malformed ones, and turns what nobody caught into a constant 500.
+    """Names each request, refuses malformed ones and those of pages that may not call, and turns what nobody caught into a constant 500.
+
+    Every answer to a page that may call, an error too, has the headers that let the page read it.
 
     Args:
         app: The next ASGI application.
-        local_only: Whether the server listens on loopback without a key. Then a browser's page may call it only from a
-            loopback origin (or an allowed one): a page elsewhere could reach it through DNS rebinding.
-        allowed_origins: Origins that may call anyway.
+        callers: Who may call through a browser.
     """
 
-    def __init__(self, app: ASGIApp, *, local_only: bool, allowed_origins: Sequence[str] = ()) -> None:
+    def __init__(self, app: ASGIApp, *, callers: Callers) -> None:
         self.app = app
-        self.local_only = local_only
-        self.allowed_origins = frozenset(allowed_origins)
+        self.callers = callers
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -58,17 +56,22 @@ class Gate:
         request_id = uuid.uuid4().hex
         scope.setdefault("state", {})["request_id"] = request_id
         started = False
+        cors = self.callers.headers(origin_of(scope))
 
         async def send_named(message: Message) -> None:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                MutableHeaders(scope=message)["x-request-id"] = request_id
+                headers = MutableHeaders(scope=message)
+                headers["x-request-id"] = request_id
+                for name, value in cors:
+                    headers.append(name, value)
             await send(message)
 
-        problem = _check_shape(scope) or self._check_origin(scope)
-        if problem is not None:
-            await problem.response()(scope, receive, send_named)
+        problem = _check_shape(scope) or self.callers.refuse(scope)
+        answer = self.callers.preflight(scope) if problem is None else problem.response()
+        if answer is not None:
+            await answer(scope, receive, send_named)
             return
         try:
             await self.app(scope, receive, send_named)
@@ -76,15 +79,6 @@ class Gate:
             log_fault(error, request_id)
             if not started:
                 await describe(error, request_id).response()(scope, receive, send_named)
-
-    def _check_origin(self, scope: Scope) -> Problem | None:
-        origins = _values(scope, b"origin")
-        if not self.local_only or not origins or "*" in self.allowed_origins:
-            return None
-        origin = origins[0].decode("latin-1")
-        if len(origins) == 1 and (origin in self.allowed_origins or _host_of(origin) in _LOOPBACK_NAMES):
-            return None
-        return Problem(403, "this origin may not call the server; the operator can allow it with --allowed-origins", "origin_not_allowed")
 
 
 class RequireKey:
@@ -152,10 +146,3 @@ def _check_shape(scope: Scope) -> Problem | None:
 
 def _values(scope: Scope, name: bytes) -> list[bytes]:
     return [value for key, value in scope["headers"] if key == name]
-
-
-def _host_of(origin: str) -> str | None:
-    try:
-        return urlsplit(origin).hostname
-    except ValueError:
-        return None

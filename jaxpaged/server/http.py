@@ -21,6 +21,7 @@ import httptools
 from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol, RequestResponseCycle
 
 from jaxpaged.server.answers import Problem, encode
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import MAX_HEADER_BYTES, MAX_HEADERS, MAX_URL_BYTES
 
 MAX_HEAD_BYTES = MAX_HEADER_BYTES + MAX_URL_BYTES
@@ -36,6 +37,9 @@ _PROBES_S = (0.1, 0.4, 1.5, 5.0, 15.0, 60.0, 180.0, 600.0)
 class GuardedProtocol(HttpToolsProtocol):
     """One connection.
 
+    Args:
+        callers: Whose browsers may read a refusal.
+
     Attributes:
         HEAD_TIMEOUT_S: A request's head must be complete this long after the connection opened (or its first byte came).
         STALL_TIMEOUT_S: A client that reads nothing for this long, with its buffer full, is cut off.
@@ -44,8 +48,9 @@ class GuardedProtocol(HttpToolsProtocol):
     HEAD_TIMEOUT_S: ClassVar[float] = 10.0
     STALL_TIMEOUT_S: ClassVar[float] = 30.0
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, callers: Callers, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
+        self._callers = callers
         self._refusal: Problem | None = None
         self._in_head = True
         self._completed = False
@@ -238,11 +243,16 @@ class GuardedProtocol(HttpToolsProtocol):
             self.cycle.disconnected = True  # the body of this very request is malformed: nobody waits for its answer
             self.cycle.message_event.set()
         body = encode(problem.body())
-        head = b"content-type: application/json\r\ncontent-length: %d\r\nx-request-id: %s\r\nconnection: close\r\n\r\n" % (
-            len(body),
-            uuid.uuid4().hex.encode(),
-        )
-        self.transport.write(STATUS_LINE[problem.status] + head + body)
+        origins = [value.decode("latin-1") for name, value in self.headers or () if name == b"origin"]
+        headers = [
+            ("content-type", "application/json"),
+            ("content-length", str(len(body))),
+            ("x-request-id", uuid.uuid4().hex),
+            ("connection", "close"),
+            *self._callers.headers(origins[0] if len(origins) == 1 else None),
+        ]
+        head = "".join(f"{name}: {value}\r\n" for name, value in headers).encode("latin-1")
+        self.transport.write(STATUS_LINE[problem.status] + head + b"\r\n" + body)
         self.transport.close()
 
     @property

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,6 +32,7 @@ from jaxpaged.engine.progress import Lines, Progress, make_progress
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.errors import ConfigError, EngineStopped
 from jaxpaged.server.app import create_app
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
 from jaxpaged.server.listen import BACKLOG, bind, is_loopback, url_of
 from jaxpaged.server.logs import QueuedHandler, logging_to
@@ -68,12 +70,19 @@ def run(
     _check_tls(server_config)
     listener = bind(server_config)
     local = is_loopback(listener)
+    keyed = any(server_config.api_key)
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
         for note in notes:
             logger.info("%s", note)
-        if not local and not any(server_config.api_key):
+        callers = Callers(
+            local_only=local and not keyed,
+            allowed_origins=server_config.allowed_origins,
+            # No page can name a UNIX socket; what forwards requests to one may call it as it likes.
+            allowed_hosts=server_config.allowed_hosts or (("*",) if server_config.uds is not None else ()),
+        )
+        if not local and not keyed:
             logger.warning(
                 "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
                 server_config.host,
@@ -82,8 +91,8 @@ def run(
             logger.warning("the TLS key can be read by other users of this machine; chmod 600 it")
         progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
         engine = (make_engine or _make_engine)(engine_config, progress)
-        app = create_app(engine, server_config, names=_names(engine_config), local_only=local)
-        http = _http(app, server_config)
+        app = create_app(engine, server_config, names=_names(engine_config), callers=callers)
+        http = _http(app, server_config, callers)
         stack.callback(app.state.service.close)
         life = _Life(engine, app.state.service, http, url_of(listener, server_config))
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
@@ -247,10 +256,10 @@ class _Report:
         )
 
 
-def _http(app: object, config: ServerConfig) -> _Http:
+def _http(app: object, config: ServerConfig, callers: Callers) -> _Http:
     settings = uvicorn.Config(
         app,  # type: ignore[arg-type]
-        http=GuardedProtocol,
+        http=functools.partial(GuardedProtocol, callers=callers),  # type: ignore[arg-type]
         ws="none",
         lifespan="off",
         log_config=None,

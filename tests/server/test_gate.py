@@ -3,9 +3,12 @@
 import hmac
 
 import pytest
+from server_harness import GOOD
 
 from jaxpaged.config import ServerConfig
+from jaxpaged.errors import ConfigError
 from jaxpaged.server import gate
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import MAX_HEADER_BYTES, MAX_HEADERS, OPEN_PATHS
 
 KEY = "sk-first-0123456789"
@@ -157,26 +160,248 @@ def test_cors_allows_exactly_the_listed_origins(make_client):
         assert answer.headers.get("access-control-allow-origin") is None
 
 
+def local(*, origins=(), hosts=()):
+    """Who may call a server that listens on loopback without a key."""
+    return Callers(local_only=True, allowed_origins=origins, allowed_hosts=hosts)
+
+
+ORIGINS = [
+    ("http://evil.example", False),
+    ("http://localhost.evil.example", False),
+    ("http://127.0.0.1.evil.example:8000", False),
+    ("http://evil.example\\@localhost", False),
+    ("http://evil.example@localhost", False),
+    ("http://user:password@127.0.0.1:8000", False),
+    ("http://localhost:8000/", False),
+    ("http://localhost:8000?x", False),
+    ("http://localhost#", False),
+    ("http://localhost:", False),
+    ("http://localhost:0", False),
+    ("http://localhost:65536", False),
+    ("http://localhost:08000", False),
+    ("http://LOCALHOST:8000", False),
+    (" http://localhost", False),
+    ("http://localhost evil.example", False),
+    ("http://localhost,http://evil.example", False),
+    ("http://127.0.0.256", False),
+    ("http://128.0.0.1", False),
+    ("http://0.0.0.0:8000", False),
+    ("http://[::2]", False),
+    ("http://[", False),
+    ("http://[::1", False),
+    ("http://::1", False),
+    ("//localhost", False),
+    ("localhost", False),
+    ("ftp://localhost", False),
+    ("file://localhost", False),
+    ("chrome-extension://localhost", False),
+    ("null", False),
+    ("", False),
+    ("http://localhost", True),
+    ("http://localhost:3000", True),
+    ("https://localhost:65535", True),
+    ("http://app.localhost:3000", True),
+    ("http://127.0.0.1:8000", True),
+    ("http://127.8.9.10", True),
+    ("http://[::1]:8000", True),
+    ("https://good.example", True),
+    ("https://good.example:8443", False),
+    ("http://good.example", False),
+]
+
+
+@pytest.mark.parametrize(("origin", "allowed"), ORIGINS)
+def test_a_page_elsewhere_cannot_reach_a_local_server_through_the_browser(make_client, origin, allowed):
+    client = make_client(callers=local(origins=["https://good.example"]))
+    named = {"origin": origin, "host": "localhost:8000"}
+    answer = client.request("GET", "/version", headers=named)
+    asked = client.request("OPTIONS", "/v1/completions", headers=named | {"access-control-request-method": "POST"})
+    if allowed:
+        assert (answer.status_code, asked.status_code) == (200, 200)
+        assert {one.headers["access-control-allow-origin"] for one in (answer, asked)} == {origin}
+    else:
+        for one in (answer, asked):
+            client.refused(one, 403, code="origin_not_allowed")
+            assert not [name for name in one.headers if name.startswith("access-control")]
+
+
+def test_two_origins_are_refused(make_client):
+    client = make_client(callers=local())
+    both = [("origin", "http://localhost"), ("origin", "http://localhost"), ("host", "localhost")]
+    client.refused(client.request("GET", "/version", headers=both), 403, code="origin_not_allowed")
+
+
+HOSTS = [
+    ("evil.example", False),
+    ("evil.example:8000", False),
+    ("localhost.evil.example", False),
+    ("notlocalhost", False),
+    ("127.0.0.1.evil.example", False),
+    ("192.168.1.7:8000", False),
+    ("0.0.0.0:8000", False),
+    ("[::2]", False),
+    ("[fe80::1]", False),
+    ("localhost", True),
+    ("LocalHost:8000", True),
+    ("localhost.", True),
+    ("app.localhost", True),
+    ("127.0.0.1:8000", True),
+    ("127.1.2.3", True),
+    ("[::1]", True),
+    ("[0:0:0:0:0:0:0:1]:8000", True),
+    ("host.docker.internal:8000", True),
+    ("LLM.example.com", True),
+    ("other.example.com", False),
+]
+
+
+@pytest.mark.parametrize(("host", "allowed"), HOSTS)
+def test_a_local_server_answers_to_its_own_names_only(make_client, host, allowed):
+    """Else a page whose name is made to point here could read every answer: to its browser the page and the server are one."""
+    client = make_client(callers=local(hosts=["llm.example.com"]))
+    for method, path in routes(client):
+        for headers in ({}, {"origin": f"http://{host}"}):
+            answer = client.request(method, path, headers={"host": host} | headers)
+            if not allowed:
+                assert answer.status_code == 403, (method, path)
+                if method != "HEAD":
+                    assert client.refused(answer, 403, code="host_not_allowed")["message"].startswith(repr(host))
+            elif not headers:
+                assert answer.status_code in (200, 400, 415), (method, path, answer.text)
+
+
 @pytest.mark.parametrize(
-    ("origin", "status"),
+    ("callers", "host", "status"),
     [
-        ("http://evil.example", 403),
-        ("http://localhost.evil.example", 403),
-        ("http://127.0.0.1.evil.example:8000", 403),
-        ("null", 403),
-        ("http://[", 403),
-        ("http://localhost:3000", 200),
-        ("http://127.0.0.1:8000", 200),
-        ("http://[::1]:8000", 200),
-        ("https://good.example", 200),
+        (Callers(), "evil.example", 200),  # has a key, or serves a network that knows it by names that we do not know
+        (Callers(allowed_hosts=["llm.example.com"]), "evil.example", 403),
+        (Callers(allowed_hosts=["llm.example.com"]), "llm.example.com:443", 200),
+        (Callers(allowed_hosts=["llm.example.com"]), "127.0.0.1:8000", 200),
+        (Callers(allowed_hosts=["10.1.2.3", "FD00::0001"]), "[fd00::1]:8000", 200),
+        (local(hosts=["*"]), "evil.example", 200),
+        (local(origins=["*"]), "evil.example", 200),  # every page may call anyway
     ],
 )
-def test_a_page_elsewhere_cannot_reach_a_local_server_through_the_browser(make_client, origin, status):
-    client = make_client(config=ServerConfig(allowed_origins=("https://good.example",)), local_only=True)
-    answer = client.request("GET", "/version", headers={"origin": origin, "host": "evil.example:8000"})
+def test_where_names_are_checked(make_client, callers, host, status):
+    assert make_client(callers=callers).request("GET", "/version", headers={"host": host}).status_code == status
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ({}, 200),  # no browser
+        ({"sec-fetch-site": "none", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}, 200),  # typed
+        ({"sec-fetch-site": "same-origin", "sec-fetch-mode": "cors", "sec-fetch-dest": "empty"}, 200),
+        ({"sec-fetch-site": "same-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}, 200),  # another port of localhost
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "document"}, 200),  # a link was followed
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "navigate", "sec-fetch-dest": "iframe"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "image"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "no-cors", "sec-fetch-dest": "script"}, 403),
+        ({"sec-fetch-site": "cross-site", "sec-fetch-mode": "cors", "origin": "https://good.example"}, 200),
+    ],
+)
+def test_a_browser_that_names_no_origin_says_whether_a_page_elsewhere_asks(make_client, headers, status):
+    client = make_client(callers=local(origins=["https://good.example"]))
+    answer = client.request("GET", "/metrics", headers=headers)
     assert answer.status_code == status
-    if status == 403:
-        client.refused(answer, 403, code="origin_not_allowed")
+    assert make_client(callers=Callers()).request("GET", "/metrics", headers=headers).status_code == 200
+
+
+SDK_HEADERS = (
+    "authorization,content-type,x-stainless-arch,x-stainless-lang,x-stainless-os,x-stainless-package-version,x-stainless-retry-count"
+)
+
+
+@pytest.mark.parametrize("asked", [None, "content-type", SDK_HEADERS, "X-Anything, x-else"])
+@pytest.mark.parametrize("origin", ["http://localhost:5173", "https://good.example"])
+def test_a_page_that_may_call_may_send_any_header(make_client, origin, asked):
+    client = make_client(callers=local(origins=["https://good.example"]))
+    headers = {"origin": origin, "access-control-request-method": "POST"} | ({"access-control-request-headers": asked} if asked else {})
+    answer = client.request("OPTIONS", "/v1/chat/completions", headers=headers)
+    assert (answer.status_code, answer.content) == (200, b"")
+    assert answer.headers.get("access-control-allow-headers") == asked
+    assert "POST" in answer.headers["access-control-allow-methods"]
+    assert "access-control-allow-private-network" not in answer.headers
+    assert "access-control-allow-credentials" not in answer.headers
+    answer = client.request("OPTIONS", "/v1/chat/completions", headers=headers | {"access-control-request-private-network": "true"})
+    assert answer.headers["access-control-allow-private-network"] == "true"
+
+
+def test_a_header_that_no_browser_asks_for_is_not_repeated(make_client):
+    headers = {"origin": "http://localhost", "access-control-request-method": "POST", "access-control-request-headers": 'x"<>:y'}
+    answer = make_client(callers=local()).request("OPTIONS", "/v1/completions", headers=headers)
+    assert (answer.status_code, "access-control-allow-headers" in answer.headers) == (200, False)
+
+
+ERRORS = {
+    400: lambda client, head: client.post("/v1/completions", {"model": "echo"}, headers=head),
+    401: lambda client, head: client.request("GET", "/version", headers=head | {"authorization": "Bearer wrong"}),
+    403: lambda client, head: client.request("GET", "/version", headers=head | {"host": "evil.example"}),
+    404: lambda client, head: client.request("GET", "/nowhere", headers=head),
+    405: lambda client, head: client.request("GET", "/v1/completions", headers=head),
+    413: lambda client, head: client.post("/v1/completions", {"model": "echo", "prompt": "x" * 3000}, headers=head),
+    414: lambda client, head: client.request("GET", "/" + "x" * 9000, headers=head),
+    415: lambda client, head: client.request("POST", "/v1/completions", content=b"x", headers=head),
+    429: lambda client, head: client.post("/v1/completions", GOOD, headers=head),
+    431: lambda client, head: client.request("GET", "/version", headers=head | {"x": "y" * 20_000}),
+    500: lambda client, head: client.request("GET", "/load", headers=head),
+    503: lambda client, head: client.post(
+        "/v1/chat/completions", {"model": "echo", "messages": [{"role": "user", "content": "x"}]}, headers=head
+    ),
+}
+
+
+@pytest.mark.parametrize("origin", ["https://good.example", "https://evil.example", None])
+@pytest.mark.parametrize("status", ERRORS)
+def test_a_page_that_may_call_can_read_every_error(make_client, status, origin):
+    config = ServerConfig(api_key=(KEY,), max_body_bytes=2000, allowed_origins=("https://good.example",), allowed_hosts=("localhost",))
+    client = make_client(config=config)
+    if status == 429:
+        client.engine.max_calls = 0
+    if status == 500:
+        client.service.calls = None
+    if status == 503:
+        client.engine.state = "stopped"
+    answer = ERRORS[status](client, {"authorization": f"Bearer {KEY}"} | ({"origin": origin} if origin else {}))
+    assert answer.status_code == status, answer.text
+    assert answer.headers["vary"] == "Origin"
+    shown = answer.headers.get("access-control-allow-origin"), "x-request-id" in answer.headers.get("access-control-expose-headers", "")
+    assert shown == (("https://good.example", True) if origin == "https://good.example" else (None, False))
+
+
+def test_with_every_origin_allowed_answers_do_not_depend_on_it(make_client):
+    answer = make_client(config=ServerConfig(allowed_origins=("*",))).request("GET", "/version", headers={"origin": "http://any.example"})
+    assert (answer.headers["access-control-allow-origin"], "vary" in answer.headers) == ("*", False)
+
+
+@pytest.mark.parametrize(
+    ("origin", "hint"),
+    [
+        ("localhost:3000", "like http://localhost:3000"),
+        ("http://localhost:3000/", "no path"),
+        ("http://Localhost", "as browsers send them"),
+        ("https://good.example:443", "write 'https://good.example'"),
+        ("http://good.example:80", "write 'http://good.example'"),
+        ('["*"]', "or *"),
+        ("http://*.example.com", "as browsers send them"),
+        ("", "like"),
+    ],
+)
+def test_an_allowed_origin_that_no_browser_sends_is_refused_at_start(origin, hint):
+    with pytest.raises(ConfigError, match="allowed_origins") as caught:
+        Callers(allowed_origins=[origin])
+    assert hint in str(caught.value) and repr(origin) in str(caught.value)
+
+
+@pytest.mark.parametrize("origin", ["*", "null", "tauri://localhost", "chrome-extension://abcdefghijklmnop", "http://localhost:80800"[:-1]])
+def test_an_allowed_origin_that_a_browser_sends(origin):
+    assert Callers(allowed_origins=[origin]).may_call(origin)
+
+
+@pytest.mark.parametrize("name", ["example.com:8000", "http://example.com", "", "a b", "*.example.com", "[::1"])
+def test_an_allowed_host_that_is_none_is_refused_at_start(name):
+    with pytest.raises(ConfigError, match="allowed_hosts takes names or addresses without a port"):
+        Callers(allowed_hosts=[name])
 
 
 def test_a_prefix_of_a_proxy_opens_nothing(make_client):

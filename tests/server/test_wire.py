@@ -16,6 +16,7 @@ from server_harness import LoopbackServer, until
 from jaxpaged.config import ServerConfig
 from jaxpaged.server import body as body_module
 from jaxpaged.server import service as service_module
+from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
 
 BODY = b'{"model":"echo","prompt":"ok","max_tokens":2}'
@@ -549,3 +550,13 @@ def test_what_is_refused_is_logged_with_its_peer_and_cause(wire, caplog, data, s
     lines = [record.getMessage() for record in caplog.records if record.name == "uvicorn.error"]
     assert [line for line in lines if line.startswith(f"refused a request of {peer} with {status}: {cause}")], lines
     assert not any("secret" in line or "Invalid HTTP request" in line for line in lines)
+
+
+@pytest.mark.parametrize("origin", [b"http://localhost:3000", b"http://evil.example"])
+@pytest.mark.parametrize("bad", [b"X: " + b"y" * 20_000, b"Content-Length: 1\r\nContent-Length: 1"], ids=["431", "400"])
+def test_a_page_that_may_call_can_read_why_its_request_was_refused(make_server, origin, bad):
+    server = make_server(callers=Callers(local_only=True))
+    received = exchange(server, b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nOrigin: " + origin + b"\r\n" + bad + b"\r\n\r\n")
+    assert status_of(received) in (400, 431)
+    allowed = b"\r\naccess-control-allow-origin: http://localhost:3000\r\n" in received
+    assert allowed == (b"localhost" in origin) and b"\r\nvary: Origin\r\n" in received
