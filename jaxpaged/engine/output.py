@@ -66,8 +66,10 @@ class Delta:
 class OutputProcessor:
     """Turns the events of one request into deltas; keep one per request.
 
-    Text is held back only while it may still become a stop string or the rest of a character. Events that arrive after a
-    sample has ended here (the engine runs one step ahead), and those of beams that are not returned, give None.
+    Text is held back only while it may still become a stop string or the rest of a character. A token that ends its sample is
+    among the ids and the log-probabilities, and in the text only with ``include_stop_str_in_output``. Events that arrive after a
+    sample has ended here (the engine runs one step ahead), and those of beams that are not returned, give None. Where the client
+    wants the prompt alone (``max_tokens`` 0), the one token that the engine generates is dropped.
 
     Args:
         request: Whose events.
@@ -87,6 +89,7 @@ class OutputProcessor:
         self._n = params.n
         self._tokenizer = tokenizer
         self._show_logprobs = params.logprobs is not None
+        self._prompt_alone = params.max_tokens == 0
         self._samples = [_Sample(request, tokenizer) for _ in range(params.n if params.use_beam_search else params.num_sequences)]
         self._kept: list[list[Delta]] | None = [[] for _ in self._samples] if len(self._samples) > params.n else None
 
@@ -107,7 +110,9 @@ class OutputProcessor:
         sample = self._samples[event.index]
         if sample.finished:
             return None
-        text, taken, stop = sample.push(event.token_ids, last=event.finish_reason is not None)
+        if self._prompt_alone:
+            event = _without_output(event)
+        text, taken, stop = sample.push(event.token_ids, event.finish_reason)
         self.num_output_tokens += taken
         reason: str | None = None if event.finish_reason is None else str(event.finish_reason)
         stop_reason: int | str | None = event.stop_reason
@@ -170,6 +175,13 @@ class OutputProcessor:
         return TokenText(token_id, self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id), finite, rank)
 
 
+def _without_output(event: TokenEvent) -> TokenEvent:
+    """Returns what an event says of the prompt."""
+    reason = FinishReason.LENGTH if event.finish_reason is FinishReason.STOP else event.finish_reason
+    score = None if event.cumulative_logprob is None else 0.0
+    return dataclasses.replace(event, token_ids=(), logprobs=(), finish_reason=reason, stop_reason=None, cumulative_logprob=score)
+
+
 def _mean_logprob(sample: Delta) -> float:
     """Returns what the best of several samples are chosen by; one that failed, was aborted or has no tokens comes last."""
     if sample.finish_reason not in (FinishReason.STOP, FinishReason.LENGTH) or not sample.logprobs:
@@ -183,21 +195,32 @@ class _Sample:
     def __init__(self, request: Request, tokenizer: Tokenizer) -> None:
         params = request.params
         self.finished = False
-        self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt, skip_special_tokens=params.skip_special_tokens)
-        self._stops = StopStrings(tuple(params.stop or ()), include=params.include_stop_str_in_output)
+        self._detokenizer: IncrementalDetokenizer | None = None
+        if params.detokenize:
+            self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt, skip_special_tokens=params.skip_special_tokens)
+        self._include_stop = params.include_stop_str_in_output
+        self._stops = StopStrings(tuple(params.stop or ()), include=self._include_stop)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
 
-    def push(self, token_ids: Sequence[int], *, last: bool) -> tuple[str, int, str | None]:
-        """Returns the text to send, how many of the tokens count, and the stop string that ended the sample, if one did."""
+    def push(self, token_ids: Sequence[int], end: FinishReason | None) -> tuple[str, int, str | None]:
+        """Returns the text to send, how many of the tokens count, and the stop string that ended the sample, if one did.
+
+        Args:
+            token_ids: New tokens.
+            end: Why the engine ended the sample with the last of them, if it did; it stops at nothing but stop tokens.
+        """
+        if self._detokenizer is None:
+            return "", len(token_ids), None
         parts = []
-        for taken, token_id in enumerate(token_ids, start=1):
+        shown = token_ids[:-1] if end is FinishReason.STOP and not self._include_stop else token_ids
+        for taken, token_id in enumerate(shown, start=1):
             self._num_tokens += 1
             text, stop = self._stops.push(self._detokenizer.push(token_id), may_stop=self._num_tokens > self._min_tokens)
             parts.append(text)
             if stop is not None:
                 return "".join(parts), taken, stop
-        if last:
+        if end is not None:
             parts.append(self._stops.flush() + self._detokenizer.flush())
         return "".join(parts), len(token_ids), None
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
 from jaxpaged.errors import RequestError
@@ -40,6 +40,7 @@ class Field:
         nullable: Whether null is allowed (and means the default).
         goes_with: What the field means something for: sampling, beam search, or both. Elsewhere it may only be neutral.
         neutral: Values beside the default (and empty lists and maps) that ask for nothing.
+        forbidden: Numbers within the bounds that are not allowed.
     """
 
     name: str
@@ -53,6 +54,7 @@ class Field:
     nullable: bool = True
     goes_with: With = "both"
     neutral: tuple[Any, ...] = ()
+    forbidden: tuple[int, ...] = ()
 
     def asks(self, value: object) -> bool:
         """Whether a value asks for anything."""
@@ -63,7 +65,7 @@ class Field:
         span = _span(self)
         match self.kind:
             case "int":
-                return f"an integer{span}"
+                return f"an integer{span}{''.join(f', not {number}' for number in self.forbidden)}"
             case "float":
                 return f"a number{span}"
             case "bool":
@@ -117,7 +119,14 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
         default=False,
         goes_with="beams",
     ),
-    Field("max_tokens", "int", "Most tokens to generate.", default=None, low=1, high=2**31 - 1),
+    Field(
+        "max_tokens",
+        "int",
+        "Most tokens to generate; with 0 the prompt alone is computed, for its log-probabilities or the prefix cache.",
+        default=None,
+        low=0,
+        high=2**31 - 1,
+    ),
     Field("min_tokens", "int", "No end of sequence and no stop before this many tokens.", default=0, low=0, high=2**31 - 1),
     Field(
         "temperature",
@@ -207,7 +216,12 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     ),
     Field("stop", "string_list", "Text that ends the output.", max_items=MAX_STOP_STRINGS, goes_with="samples"),
     Field("stop_token_ids", "int_list", "Ids that end the output.", low=0, high=2**31 - 1, max_items=MAX_TOKEN_IDS),
-    Field("include_stop_str_in_output", "bool", "Keep the stop string in the text.", default=False),
+    Field(
+        "include_stop_str_in_output",
+        "bool",
+        "Keep in the text what ended it: the stop string, or the stop token's text.",
+        default=False,
+    ),
     Field("ignore_eos", "bool", "Do not end at the model's end-of-sequence ids.", default=False),
     Field(
         "logprobs",
@@ -219,7 +233,28 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     ),
     Field("prompt_logprobs", "int", "The same for the tokens of the prompt.", low=0, high=MAX_LOGPROBS, goes_with="samples"),
     Field("skip_special_tokens", "bool", "Leave special tokens out of the text.", default=True),
+    Field("detokenize", "bool", "false: the token ids are all that is wanted, and the text stays empty.", default=True),
+    Field(
+        "truncate_prompt_tokens",
+        "int",
+        "Keep only this many last tokens of the prompt; -1: as many as leave room for the output.",
+        low=-1,
+        high=2**31 - 1,
+        forbidden=(0,),
+    ),
 )
+
+NEUTRAL_PARAMS: Mapping[str, tuple[Any, ...]] = {
+    "bad_words": ((), []),
+    "structured_outputs": (),
+    "guided_decoding": (),
+    "logits_processors": ((), []),
+    "spaces_between_special_tokens": (True,),
+    "flat_logprobs": (False,),
+    "extra_args": ({},),
+    "skip_reading_prefix_cache": (False,),
+}
+"""Parameters of vLLM's that ``SamplingParams`` does not have, with the values beside None that ask for what happens anyway."""
 
 
 def asks_for_nothing(value: object, neutral: Sequence[object] = ()) -> bool:
@@ -249,6 +284,8 @@ def check_sampling_fields(values: Mapping[str, object]) -> None:
         raise RequestError(f"min_tokens must not exceed max_tokens ({max_tokens}); got {min_tokens}", param="min_tokens")
     if values.get("allowed_token_ids") is not None and not values["allowed_token_ids"]:
         raise RequestError("allowed_token_ids must not be empty", param="allowed_token_ids")
+    if values.get("stop") and values.get("detokenize") is False:
+        raise RequestError("stop looks for strings in the text, so it cannot be combined with detokenize false", param="stop")
     _check_company(values)
     _check_counts(values)
 
@@ -274,8 +311,25 @@ def _check_counts(values: Mapping[str, Any]) -> None:
         raise RequestError(f"n must be at most {MAX_BEAM_WIDTH} with use_beam_search; got {n}", param="n")
 
 
+def check_neutral(values: Mapping[str, object]) -> None:
+    """Refuses parameters of ``NEUTRAL_PARAMS`` that ask for something.
+
+    Raises:
+        RequestError: Names one, and its value.
+    """
+    for name, value in values.items():
+        if value is not None and not any(type(value) is type(neutral) and value == neutral for neutral in NEUTRAL_PARAMS[name]):
+            message = f"{name} is not supported here; got {_short(value)}"
+            raise RequestError(message, param=name, code="unsupported_parameter")
+
+
+def are_ints(items: Iterable[object]) -> TypeGuard[Iterable[int]]:
+    """Whether all items are integers and none a boolean; a hundred thousand of them in a few milliseconds."""
+    return all(issubclass(kind, int) and kind is not bool for kind in set(map(type, items)))
+
+
 def _short(value: object) -> str:
-    shown = repr(value)
+    shown = repr(value[:80] if isinstance(value, list | tuple | str) else value)
     return shown if len(shown) <= 80 else shown[:77] + "..."
 
 
@@ -298,11 +352,15 @@ def _fits(field: Field, value: object) -> bool:
         case "string":
             return isinstance(value, str)
         case "int":
-            return _is_int(value) and _in_range(field, value)
+            return _is_int(value) and _in_range(field, value) and value not in field.forbidden
         case "float":
             return _is_number(value) and _in_range(field, value)
         case "int_list":
-            return _is_list(value, field) and all(_is_int(item) and _in_range(field, item) for item in value)
+            return (
+                _is_list(value, field)
+                and are_ints(value)
+                and (not value or (_in_range(field, min(value)) and _in_range(field, max(value))))
+            )
         case "string_list":
             items = [value] if isinstance(value, str) else value
             return _is_list(items, field) and all(

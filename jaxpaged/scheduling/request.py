@@ -5,13 +5,14 @@ Knows nothing of text, arrays or devices: a prompt is a tuple of token ids.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import enum
 import functools
 from collections.abc import Sequence as Seq
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from jaxpaged.scheduling.fields import check_sampling_fields
+from jaxpaged.scheduling.fields import NEUTRAL_PARAMS, SAMPLING_FIELDS, check_neutral, check_sampling_fields
 
 if TYPE_CHECKING:
     from jaxpaged.scheduling.beams import BeamSearch
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How to generate; names, defaults and meanings as in vLLM, ranges in ``scheduling.fields``.
+
+    The last arguments are vLLM's, and taken if they ask for what happens anyway.
 
     Raises:
         RequestError: A field has the wrong type or is out of range; names the field, the value and what is allowed.
@@ -51,14 +54,32 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    detokenize: bool = True
+    truncate_prompt_tokens: int | None = None
+    bad_words: dataclasses.InitVar[Any] = None  # from here on as in NEUTRAL_PARAMS
+    structured_outputs: dataclasses.InitVar[Any] = None
+    guided_decoding: dataclasses.InitVar[Any] = None
+    logits_processors: dataclasses.InitVar[Any] = None
+    spaces_between_special_tokens: dataclasses.InitVar[Any] = None
+    flat_logprobs: dataclasses.InitVar[Any] = None
+    extra_args: dataclasses.InitVar[Any] = None
+    skip_reading_prefix_cache: dataclasses.InitVar[Any] = None
 
-    def __post_init__(self) -> None:
-        check_sampling_fields(dataclasses.asdict(self))
+    def __post_init__(self, *neutral: object) -> None:
+        check_neutral(dict(zip(NEUTRAL_PARAMS, neutral, strict=True)))
+        check_sampling_fields({field.name: getattr(self, field.name) for field in SAMPLING_FIELDS})
+        for field in dataclasses.fields(self):
+            if getattr(self, field.name) is None and field.name != "max_tokens":
+                object.__setattr__(self, field.name, field.default)
         object.__setattr__(self, "stop", (self.stop,) if isinstance(self.stop, str) else tuple(self.stop or ()))
         for name in ("stop_token_ids", "bad_token_ids"):
             object.__setattr__(self, name, tuple(getattr(self, name) or ()))
         if self.allowed_token_ids is not None:
             object.__setattr__(self, "allowed_token_ids", tuple(self.allowed_token_ids))
+
+    def clone(self) -> SamplingParams:
+        """Returns a copy; to change something in it use ``dataclasses.replace``, since parameters are frozen."""
+        return copy.deepcopy(self)
 
     @property
     def greedy(self) -> bool:
@@ -85,7 +106,8 @@ class Request:
     Attributes:
         id: Unique in this engine; made by the server or by ``LLM``, never by the client.
         prompt: Token ids, at least one, each in [0, vocabulary).
-        params: Sampling parameters, with ``max_tokens`` resolved to a number that fits the context.
+        params: Sampling parameters; requests made by one call share them.
+        max_tokens: Most tokens to generate for each sample, at least 1; left out, ``params.max_tokens``.
         eos_token_ids: Ids that end a sequence unless ``params.ignore_eos``.
         seed: 64-bit seed; drawn by the engine when the client gave none.
         arrival_s: Monotonic time of submission, in seconds.
@@ -95,17 +117,17 @@ class Request:
     id: str
     prompt: tuple[int, ...]
     params: SamplingParams
+    max_tokens: int = 0
     eos_token_ids: tuple[int, ...] = ()
     seed: int = 0
     arrival_s: float = 0.0
     tenant: str = ""
 
-    @functools.cached_property
-    def max_tokens(self) -> int:
-        """Most tokens to generate for each sample."""
-        if self.params.max_tokens is None:
-            raise ValueError(f"request {self.id}: max_tokens is not resolved")
-        return self.params.max_tokens
+    def __post_init__(self) -> None:
+        if not self.max_tokens:
+            if self.params.max_tokens is None:
+                raise ValueError(f"request {self.id}: max_tokens is not resolved")
+            object.__setattr__(self, "max_tokens", max(1, self.params.max_tokens))
 
     @functools.cached_property
     def stop_token_ids(self) -> tuple[int, ...]:

@@ -217,7 +217,7 @@ class Scheduler:
         Raises:
             RequestError: It can never fit (``context_length_exceeded``), or has more sequences than run at once.
             QueueFull: ``max_waiting`` sequences are in line behind those that could run.
-            ValueError: The id is in use, the prompt is empty or ``max_tokens`` is not resolved: a caller's bug.
+            ValueError: The id is in use, or the prompt is empty: a caller's bug.
         """
         if request.id in self._groups or not request.prompt:
             raise ValueError(f"request {request.id}: the id is in use or the prompt is empty")

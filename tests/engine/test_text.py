@@ -1,5 +1,6 @@
 """Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
 
+import dataclasses
 import pickle
 import random
 
@@ -264,7 +265,7 @@ def test_samples_are_kept_apart(tiny):
         assert processor.process(TokenEvent("r", 0, (token_id,))).text == ""
     assert processor.process(TokenEvent("r", 1, tuple(tiny.encode("x!")))).finish_reason == "stop"
     assert not processor.finished
-    assert processor.process(TokenEvent("r", 0, (ids[-1],), finish_reason=FinishReason.STOP, stop_reason=7)).text == "👍"
+    assert processor.process(TokenEvent("r", 0, (ids[-1],), finish_reason=FinishReason.LENGTH)).text == "👍"
     assert processor.finished
 
 
@@ -315,6 +316,84 @@ def test_special_tokens_are_left_out_or_shown(tiny):
     ids = [*tiny.encode("hi"), tiny.eos_token_id]
     assert drive(tiny, request_with(), events_of(ids))[1] == "hi"
     assert drive(tiny, request_with(skip_special_tokens=False), events_of(ids))[1] == "hi" + tiny.eos_token
+
+
+@pytest.mark.parametrize("group", [1, 3, 100])
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_the_token_that_ended_the_output_is_in_the_text_only_if_asked_for(tiny, group, include, special):
+    """The model's end or one of the request's own, special or not; ids and log-probabilities always have it."""
+    end = tiny.eos_token_id if special else tiny.encode(" the end")[-1]
+    ids = [*tiny.encode("a cat sat 👍"), end]
+    request = request_with(skip_special_tokens=False, include_stop_str_in_output=include, logprobs=0, stop=["never there"])
+    entries = tuple(TokenLogprobs(i, -0.5, 1) for i in ids)
+    events = events_of(ids, finish=FinishReason.STOP, group=group)
+    events = [dataclasses.replace(e, logprobs=entries[i * group : (i + 1) * group], stop_reason=end) for i, e in enumerate(events)]
+    processor, deltas = OutputProcessor(request, tiny), []
+    for event in events:
+        deltas.append(processor.process(event))
+    assert "".join(delta.text for delta in deltas) == tiny.decode(ids if include else ids[:-1], skip_special_tokens=False)
+    assert [i for delta in deltas for i in delta.token_ids] == [entry.token_id for delta in deltas for entry in delta.logprobs] == ids
+    assert (deltas[-1].finish_reason, deltas[-1].stop_reason, processor.num_output_tokens) == ("stop", end, len(ids))
+
+
+def test_a_token_that_ends_the_output_ends_no_stop_string(tiny):
+    ids = tiny.encode("one two")
+    assert tiny.token_text(ids[-1]).endswith("o")
+    events = events_of(ids, finish=FinishReason.STOP)
+    _, text, taken, last = drive(tiny, request_with(stop=["two"]), [*events[:-1], dataclasses.replace(events[-1], stop_reason=ids[-1])])
+    assert (taken, last.stop_reason) == (ids, ids[-1])
+    assert text == tiny.decode(ids[:-1])  # and what was held back for the string has come
+    assert drive(tiny, request_with(stop=["two"], include_stop_str_in_output=True), events)[3].stop_reason == "two"
+
+
+def test_an_output_that_ends_at_its_length_keeps_its_last_token(tiny):
+    ids = tiny.encode("hi there")
+    assert drive(tiny, request_with(stop_token_ids=[ids[-1]]), events_of(ids))[1] == "hi there"
+
+
+def test_the_best_of_several_are_without_the_token_that_ended_them(tiny):
+    ids, (end,) = tiny.encode("a cat"), tiny.encode("!")
+    processor = OutputProcessor(request_with(n=1, best_of=2, stop_token_ids=[end]), tiny)
+    for index, value in enumerate((-0.1, -0.2)):
+        entries = tuple(TokenLogprobs(i, value, 1) for i in (*ids, end))
+        delta = processor.process(TokenEvent("r", index, (*ids, end), entries, finish_reason=FinishReason.STOP, stop_reason=end))
+        released = processor.release(delta)
+    assert [(delta.text, delta.token_ids) for delta in released] == [("a cat", (*ids, end))]
+    assert released[0].cumulative_logprob == pytest.approx(-0.1 * len((*ids, end)))
+
+
+def test_beams_are_without_the_token_that_ended_them(tiny):
+    ids, (end,) = tiny.encode("a cat"), tiny.encode("!")
+    for include in (False, True):
+        processor = OutputProcessor(request_with(use_beam_search=True, include_stop_str_in_output=include), tiny)
+        event = TokenEvent("r", 0, (*ids, end), finish_reason=FinishReason.STOP, cumulative_logprob=-1.0)
+        delta = processor.process(event)
+        assert (delta.text, delta.token_ids) == ("a cat!" if include else "a cat", (*ids, end))
+
+
+@pytest.mark.parametrize("reason", [FinishReason.STOP, FinishReason.LENGTH])
+def test_where_the_prompt_alone_is_wanted_the_output_is_dropped(tiny, reason):
+    (end,), entry = tiny.encode("!"), TokenLogprobs(5, -0.5, 1)
+    processor = OutputProcessor(request_with(max_tokens=0, logprobs=1, prompt_logprobs=1, n=2), tiny)
+    assert processor.process(TokenEvent("r", 0, prompt_logprobs=(entry,))).prompt_logprobs
+    for index in range(2):
+        delta = processor.process(TokenEvent("r", index, (end,), (entry,), finish_reason=reason, stop_reason=end))
+        assert (delta.text, delta.token_ids, delta.logprobs) == ("", (), ())
+        assert (delta.finish_reason, delta.stop_reason) == ("length", None)
+    assert processor.finished and (processor.num_prompt_tokens, processor.num_output_tokens) == (1, 0)
+
+
+def test_where_the_prompt_alone_is_wanted_a_fault_is_told(tiny):
+    processor = OutputProcessor(request_with(max_tokens=0), tiny)
+    delta = processor.process(TokenEvent("r", 0, finish_reason=FinishReason.ERROR, error="broken", error_code="numerical_error"))
+    assert (delta.finish_reason, delta.error, delta.error_code) == ("error", "broken", "numerical_error")
+
+
+def test_without_detokenizing_there_are_ids_and_no_text(tiny):
+    ids = tiny.encode("a cat 👍")
+    processor, text, taken, last = drive(tiny, request_with(detokenize=False), events_of(ids, group=2))
+    assert (text, taken, last.finish_reason, processor.num_output_tokens) == ("", ids, "length", len(ids))
 
 
 def test_logprobs_carry_text_and_bytes_and_are_finite(tiny):

@@ -162,10 +162,12 @@ def test_a_full_queue_refuses_and_estimates_when_to_come_back():
 def test_a_caller_with_a_bug_is_told():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 3, 3))
-    for wrong in (make_request("a", 3, 3), make_request("b", 0, 3), make_request("c", 3, None)):
+    for wrong in (make_request("a", 3, 3), make_request("b", 0, 3)):
         with pytest.raises(ValueError, match=wrong.id):
             scheduler.add(wrong)
     assert scheduler.num_waiting == 1
+    with pytest.raises(ValueError, match="request c: max_tokens"):
+        make_request("c", 3, None)
 
 
 def test_impossible_options_are_refused():
