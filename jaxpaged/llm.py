@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
+import threading
 import time
 from collections import deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig, make_config
-from jaxpaged.engine.admission import make_params, make_request
+from jaxpaged.engine.admission import check_params, make_params, make_request
 from jaxpaged.engine.output import Delta, OutputProcessor, TokenText
 from jaxpaged.engine.progress import Progress, make_progress
 from jaxpaged.engine.startup import load_engine
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import EngineStopped, GenerationError, RequestError
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
 Prompt = str | Mapping[str, Any] | Sequence[int]
@@ -49,7 +51,7 @@ class CompletionOutput:
 
     Attributes:
         index: Which of the ``n``.
-        text: What was generated.
+        text: What was generated, without the stop token or stop string unless ``include_stop_str_in_output``.
         token_ids: The same as ids, the stop token included.
         cumulative_logprob: Sum over the tokens; None unless log-probabilities were asked for or decided which ones are returned
             (``best_of``, beam search).
@@ -109,6 +111,7 @@ class BeamSearchParams:
         beam_width: Beams that are kept, and returned.
         temperature: There for vLLM's sake; only 0 is taken.
         early_stopping: ``True``, ``False`` or ``"never"``, as in transformers.
+        include_stop_str_in_output: Keep the token that ended a beam in its text.
     """
 
     beam_width: int
@@ -117,6 +120,7 @@ class BeamSearchParams:
     temperature: float = 0.0
     length_penalty: float = 1.0
     early_stopping: bool | str = False
+    include_stop_str_in_output: bool = False
 
     def sampling_params(self) -> SamplingParams:
         """Returns the same for ``LLM.generate``."""
@@ -129,7 +133,7 @@ class BeamSearchSequence:
 
     Attributes:
         tokens: Prompt and output.
-        text: The text of both.
+        text: The text of both, without the token that ended it unless ``include_stop_str_in_output``.
         cum_logprob: Sum of the log-probabilities of the output's tokens.
         finish_reason: ``stop`` or ``length``.
         stop_reason: The id of the request's own that ended it.
@@ -150,7 +154,7 @@ class BeamSearchOutput:
 
 
 class LLM:
-    """A model, ready to generate.
+    """A model, ready to generate; a context manager that closes itself. Threads may share one: it works for one at a time.
 
     Args:
         model: A local directory in Hugging Face layout, or a hub id; default: the packaged tiny model.
@@ -177,7 +181,16 @@ class LLM:
         self.info: EngineInfo = loaded.info
         self._engine = loaded.engine
         self._close = loaded.close
+        self._closed = False
+        self._turn = threading.RLock()  # and not a Lock: a call from inside a call is an error then, and no deadlock
+        self._busy = False
         self._ids = itertools.count()
+
+    def __enter__(self) -> LLM:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
 
     @property
     def default_sampling(self) -> Mapping[str, Any]:
@@ -185,8 +198,8 @@ class LLM:
         return self.info.default_sampling
 
     def get_default_sampling_params(self) -> SamplingParams:
-        """Returns sampling parameters with the model's own defaults."""
-        return SamplingParams(**self.info.default_sampling)
+        """Returns sampling parameters with the model's own defaults; ``max_tokens`` is 16 where generation_config.json has none."""
+        return make_params({"max_tokens": self.info.default_sampling.get("max_tokens") or SamplingParams.max_tokens}, self.info)
 
     def get_tokenizer(self) -> Tokenizer:
         """Returns the tokenizer."""
@@ -198,11 +211,34 @@ class LLM:
 
     def reset_prefix_cache(self) -> None:
         """Forgets all keys and values of earlier prompts."""
-        self._engine.reset_prefix_cache()
+        with self._working():
+            self._engine.reset_prefix_cache()
 
     def close(self) -> None:
-        """Frees the device's memory."""
-        self._close()
+        """Frees the device's memory, once a call in another thread is done. What is closed generates no more; closing it again is fine."""
+        with self._turn:
+            if not self._closed:
+                with self._working():
+                    self._closed = True
+                    self._close()
+
+    @contextlib.contextmanager
+    def _working(self) -> Iterator[None]:
+        """Holds the engine for one call; those of other threads wait.
+
+        Raises:
+            EngineStopped: The ``LLM`` is closed, or this thread is in the middle of another call.
+        """
+        with self._turn:
+            if self._closed:
+                raise EngineStopped("this LLM is closed; make a new one")
+            if self._busy:
+                raise EngineStopped("this LLM is in the middle of a call of this very thread")
+            self._busy = True
+            try:
+                yield
+            finally:
+                self._busy = False
 
     def generate(
         self,
@@ -223,11 +259,13 @@ class LLM:
 
         Raises:
             RequestError: A prompt or a parameter does not fit; nothing was generated then.
+            EngineStopped: The ``LLM`` is closed.
         """
-        items = _as_prompts(prompts)
-        params = self._params_for(items, sampling_params or self.get_default_sampling_params())
-        jobs = [self._job(*self._encode(item), given, "prompt") for item, given in zip(items, params, strict=True)]
-        return self._run(jobs, use_tqdm=use_tqdm)
+        with self._working():
+            items = _as_prompts(prompts)
+            params = self._params_for(items, sampling_params or self.get_default_sampling_params())
+            jobs = [self._job(*self._encode(item), given, "prompt") for item, given in zip(items, params, strict=True)]
+            return self._run(jobs, use_tqdm=use_tqdm)
 
     def beam_search(
         self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams | SamplingParams, *, use_tqdm: bool = False
@@ -241,6 +279,7 @@ class LLM:
 
         Raises:
             RequestError: A prompt or a parameter does not fit.
+            EngineStopped: The ``LLM`` is closed.
         """
         given = params if isinstance(params, SamplingParams) else params.sampling_params()
         if not given.use_beam_search:
@@ -253,9 +292,11 @@ class LLM:
 
     def _beam(self, prompt: list[int], completion: CompletionOutput, params: SamplingParams) -> BeamSearchSequence:
         tokens = prompt + completion.token_ids
+        hidden = completion.finish_reason == "stop" and not params.include_stop_str_in_output  # the token that ended it
+        shown = tokens[: len(tokens) - hidden] if params.detokenize else []
         return BeamSearchSequence(
             tokens,
-            self.info.tokenizer.decode(tokens, skip_special_tokens=params.skip_special_tokens),
+            self.info.tokenizer.decode(shown, skip_special_tokens=params.skip_special_tokens),
             completion.cumulative_logprob or 0.0,
             completion.finish_reason,
             completion.stop_reason,
@@ -287,28 +328,33 @@ class LLM:
 
         Raises:
             RequestError: A conversation does not fit the template or the context.
+            EngineStopped: The ``LLM`` is closed.
         """
-        conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
-        params = self._params_for(conversations, sampling_params or make_params({}, self.info))
-        jobs = []
-        for conversation, given in zip(conversations, params, strict=True):
-            ids = self.info.tokenizer.apply_chat_template(
-                conversation,
-                add_generation_prompt=add_generation_prompt and not continue_final_message,
-                continue_final_message=continue_final_message,
-                tools=tools,
-                chat_template=chat_template,
-                template_kwargs=chat_template_kwargs,
-            )
-            jobs.append(self._job(self.info.tokenizer.decode(ids, skip_special_tokens=False), ids, given, "messages"))
-        return self._run(jobs, use_tqdm=use_tqdm)
+        with self._working():
+            conversations: list[Any] = [messages] if messages and isinstance(messages[0], Mapping) else list(messages)
+            default = {"max_tokens": self.info.default_sampling.get("max_tokens")}
+            params = self._params_for(conversations, sampling_params or make_params(default, self.info))
+            jobs = []
+            for conversation, given in zip(conversations, params, strict=True):
+                ids = self.info.tokenizer.apply_chat_template(
+                    conversation,
+                    add_generation_prompt=add_generation_prompt and not continue_final_message,
+                    continue_final_message=continue_final_message,
+                    tools=tools,
+                    chat_template=chat_template,
+                    template_kwargs=chat_template_kwargs,
+                )
+                jobs.append(self._job(self.info.tokenizer.decode(ids, skip_special_tokens=False), ids, given, "messages"))
+            return self._run(jobs, use_tqdm=use_tqdm)
 
     def _params_for(self, items: Sequence[Any], params: SamplingParams | Sequence[SamplingParams]) -> Sequence[SamplingParams]:
-        if isinstance(params, SamplingParams):
-            return [params] * len(items)
-        if len(params) != len(items):
-            raise RequestError(f"sampling_params must be one, or one per prompt ({len(items)}); got {len(params)}", param="sampling_params")
-        return params
+        """Returns checked parameters, one set for each prompt."""
+        each = [params] * len(items) if isinstance(params, SamplingParams) else params
+        if len(each) != len(items):
+            raise RequestError(f"sampling_params must be one, or one per prompt ({len(items)}); got {len(each)}", param="sampling_params")
+        for given in {id(given): given for given in each}.values():
+            check_params(given, self.info)
+        return each
 
     def _encode(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """Returns a prompt's text, if it has one, and its ids."""
@@ -324,7 +370,15 @@ class LLM:
         return None, list(prompt)
 
     def _job(self, text: str | None, ids: list[int], params: SamplingParams, param: str) -> _Job:
-        request = make_request(ids, params, self.info, request_id=str(next(self._ids)), prompt_param=param)
+        request = make_request(
+            ids,
+            params,
+            self.info,
+            request_id=str(next(self._ids)),
+            prompt_param=param,
+            default_max_tokens=self.info.max_request_tokens,
+            refuse_excess=False,
+        )
         self._engine.scheduler.check_size(request)
         return _Job(request, text, self.info.tokenizer)
 
@@ -354,6 +408,8 @@ class LLM:
                 self._engine.reset()
                 raise
         self._engine.check()
+        if unfinished := [job.request.id for job in jobs if not job.finished]:
+            raise GenerationError(f"the engine has nothing left to do, but {len(unfinished)} of {len(jobs)} prompts are not finished")
         return [job.output() for job in jobs]
 
 

@@ -204,7 +204,7 @@ class FakeAsyncEngine:
     def script(self, request: Request):
         """Yields the reply's tokens in turn for each sample, then the end of each."""
         params, cached = request.params, self.num_cached(request)
-        reply = self.reply(request)[: request.params.max_tokens]
+        reply = self.reply(request)[: request.max_tokens]
         prompt_logprobs = (
             tuple(_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]) if params.prompt_logprobs is not None else ()
         )
@@ -223,13 +223,13 @@ class FakeAsyncEngine:
                 wanted = params.logprobs is not None or params.best_of is not None
                 logprobs = (_logprob(token, params.logprobs, self.logprob(index)),) if wanted else ()
                 stopped = token in request.stop_token_ids and position >= params.min_tokens
-                last = FinishReason.STOP if stopped else FinishReason.LENGTH if position + 1 == params.max_tokens else None
+                last = FinishReason.STOP if stopped else FinishReason.LENGTH if position + 1 == request.max_tokens else None
                 own = token if stopped and token in (params.stop_token_ids or ()) else None
                 yield TokenEvent(request.id, index, (token,), logprobs, before, last, own, num_cached_tokens=cached)
 
     def beams(self, request: Request):
         """Yields all beams at once: the reply, shorter by one token for each; then the ends of those that are not returned."""
-        reply, cached = self.reply(request)[: request.params.max_tokens], self.num_cached(request)
+        reply, cached = self.reply(request)[: request.max_tokens], self.num_cached(request)
         for index in range(request.params.num_sequences):
             tokens = tuple(reply[: max(1, len(reply) - index)]) if index < request.params.n else ()
             logprob = -0.5 * len(tokens) if tokens else None

@@ -12,10 +12,10 @@ from collections.abc import Sequence
 
 from jaxpaged.commands.sampling_flags import add_sampling_flags, read_sampling_flags
 from jaxpaged.config import EngineConfig
+from jaxpaged.engine.admission import make_params
 from jaxpaged.errors import ConfigError
 from jaxpaged.flags import Parser, add_options, options_without_effect, read_options, say
 from jaxpaged.llm import LLM
-from jaxpaged.scheduling.request import SamplingParams
 
 
 def run(argv: Sequence[str]) -> int:
@@ -34,7 +34,7 @@ def run(argv: Sequence[str]) -> int:
     if not prompts:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")
     llm = LLM.from_config(config)
-    params = SamplingParams(**{**llm.default_sampling, **read_sampling_flags(args)})
+    params = make_params({"max_tokens": llm.get_default_sampling_params().max_tokens, **read_sampling_flags(args)}, llm.info)
     for output in llm.generate(prompts, params, use_tqdm=sys.stderr.isatty()):
         for completion in output.outputs:
             if args.own_json:

@@ -102,7 +102,9 @@ def json_schema(spec: Field) -> dict[str, Any]:
         bounds["exclusiveMinimum" if spec.low_open else "minimum"] = spec.low
     if spec.high is not None:
         bounds["maximum"] = spec.high
-    number = {"type": "integer" if spec.kind in ("int", "int_list") else "number", **bounds}
+    number: dict[str, Any] = {"type": "integer" if spec.kind in ("int", "int_list") else "number", **bounds}
+    if spec.forbidden:
+        number["not"] = {"enum": list(spec.forbidden)}
     schemas: dict[str, dict[str, Any]] = {
         "int": number,
         "float": number,
@@ -263,15 +265,6 @@ CHAT_TEMPLATE_KWARGS = BodyField(
 _GENERATION: tuple[BodyField, ...] = (
     honoured(Field("stream", "bool", "Send the answer as server-sent events while it is generated.", default=False)),
     STREAM_OPTIONS,
-    honoured(
-        Field(
-            "truncate_prompt_tokens",
-            "int",
-            "Keep only this many last tokens of the prompt.",
-            low=1,
-            high=2**31 - 1,
-        )
-    ),
     honoured(Field("return_token_ids", "bool", "Also return the token ids of prompt and output.", default=False)),
     honoured(
         Field("return_tokens_as_token_ids", "bool", "Name tokens in log-probabilities `token_id:<id>` instead of by text.", default=False)
@@ -307,7 +300,7 @@ _GENERATION: tuple[BodyField, ...] = (
 CHAT_FIELDS: tuple[BodyField, ...] = (
     MODEL,
     MESSAGES,
-    honoured(Field("max_completion_tokens", "int", "Most tokens to generate; wins over max_tokens.", low=1, high=2**31 - 1)),
+    honoured(Field("max_completion_tokens", "int", "Most tokens to generate; wins over max_tokens.", low=0, high=2**31 - 1)),
     *_without("logprobs"),
     honoured(Field("logprobs", "bool", "Return the log-probability of each generated token.", default=False)),
     honoured(

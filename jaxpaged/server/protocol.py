@@ -65,7 +65,6 @@ class GenerationCall:
         chat_template_kwargs: Variables for the chat template.
         prompts: Texts or token ids; empty for chat.
         stream: Whether to answer with events; ``include_usage`` and ``continuous_usage`` say what counts they carry.
-        truncate_prompt_tokens: Keep only this many last tokens of each prompt; None for all.
         want_prompt_logprobs: Whether the client asked to see them itself (``echo`` needs them too).
         ignored: Names of fields that nobody defines.
     """
@@ -84,7 +83,6 @@ class GenerationCall:
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
-    truncate_prompt_tokens: int | None = None
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     ignored: tuple[str, ...] = ()
@@ -267,7 +265,6 @@ def _common(values: Mapping[str, Any]) -> dict[str, Any]:
         "include_usage": options.get("include_usage", False),
         "continuous_usage": options.get("include_usage", False) and options.get("continuous_usage_stats", False),
         "want_prompt_logprobs": values.get("prompt_logprobs") is not None,
-        "truncate_prompt_tokens": values.get("truncate_prompt_tokens"),
         "return_token_ids": values.get("return_token_ids", False),
         "return_tokens_as_token_ids": values.get("return_tokens_as_token_ids", False),
     }

@@ -274,21 +274,23 @@ def _encode(prompt: Prompt | None, messages: Sequence[Message] | None, call: Gen
 
 
 def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str, tenant: str) -> tuple[list[Request], list[Choice]]:
+    params = make_params(asked.sampling, info)
     requests, choices = [], []
     for i, prompt in enumerate(asked.prompts or (None,)):
-        ids = _encode(prompt, asked.messages, asked, info)
-        if asked.truncate_prompt_tokens is not None:
-            ids = ids[-asked.truncate_prompt_tokens :]
-        sampling = dict(asked.sampling)
-        if not asked.is_chat and "max_tokens" not in sampling:
-            sampling["max_tokens"] = max(1, min(DEFAULT_COMPLETION_TOKENS, info.max_request_tokens - len(ids)))
-            sampling["min_tokens"] = min(sampling.get("min_tokens", 0), sampling["max_tokens"])
-        params = make_params(sampling, info)
-        request = make_request(ids, params, info, request_id=f"{request_id}-{i}", prompt_param=asked.prompt_param, tenant=tenant)
+        request = make_request(
+            _encode(prompt, asked.messages, asked, info),
+            params,
+            info,
+            request_id=f"{request_id}-{i}",
+            prompt_param=asked.prompt_param,
+            tenant=tenant,
+            default_max_tokens=None if asked.is_chat else DEFAULT_COMPLETION_TOKENS,
+        )
         requests.append(request)
-        text = "" if not asked.echo else prompt if isinstance(prompt, str) else info.tokenizer.decode(ids)
+        whole = isinstance(prompt, str) and params.truncate_prompt_tokens is None
+        text = "" if not asked.echo else prompt if whole else info.tokenizer.decode(request.prompt)
         for sample in range(params.n):
-            choice = Choice(index=i * params.n + sample, prompt_token_ids=request.prompt, prompt_text=text or "")
+            choice = Choice(index=i * params.n + sample, prompt_token_ids=request.prompt, prompt_text=str(text or ""))
             choice.prompt_first = info.tokenizer.token_text(request.prompt[0]) if asked.echo else ""
             choices.append(choice)
     return requests, choices

@@ -1,8 +1,14 @@
+import concurrent.futures
+import dataclasses
 import math
+import threading
 
 import pytest
 
-from jaxpaged import LLM, ConfigError, RequestError, RequestOutput, SamplingParams
+from jaxpaged import LLM, BeamSearchParams, ConfigError, RequestError, RequestOutput, SamplingParams
+from jaxpaged.config import EngineConfig
+from jaxpaged.engine.startup import LoadedEngine
+from jaxpaged.errors import EngineStopped, GenerationError
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 
@@ -159,6 +165,156 @@ def test_an_interrupt_leaves_a_working_engine(small, monkeypatch):
     with pytest.raises(KeyboardInterrupt):
         small.llm.generate(["a", "b", "c"], GREEDY, use_tqdm=False)
     assert text_of(small.llm.generate("the cat", GREEDY, use_tqdm=False)) == expected
+
+
+def with_defaults(llm, monkeypatch, **defaults):
+    monkeypatch.setattr(llm, "info", dataclasses.replace(llm.info, default_sampling=defaults))
+
+
+def lengths(outputs):
+    return [len(output.outputs[0].token_ids) for output in outputs]
+
+
+def test_a_default_of_max_tokens_ends_with_the_context(small, monkeypatch):
+    llm, room = small.llm, small.info.max_model_len
+    with_defaults(llm, monkeypatch, temperature=0.0, max_tokens=room)
+    assert llm.get_default_sampling_params().max_tokens == room
+    endless = dataclasses.replace(llm.get_default_sampling_params(), ignore_eos=True)
+    for prompts in ([[5] * 250], [[5] * 250, [6] * 253]):
+        assert lengths(llm.generate(prompts, endless, use_tqdm=False)) == [room - len(prompt) for prompt in prompts]
+        assert all(0 < n <= 6 for n in lengths(llm.generate(prompts, use_tqdm=False)))
+    (long,) = llm.chat([{"role": "user", "content": "hello " * 20}], use_tqdm=False)
+    assert long.outputs[0].finish_reason in ("stop", "length")
+    with_defaults(llm, monkeypatch, max_tokens=3)
+    assert lengths(llm.chat([{"role": "user", "content": "hello"}], use_tqdm=False))[0] <= 3
+    assert lengths(llm.generate([[5, 6]], SamplingParams(max_tokens=None, min_tokens=9, stop_token_ids=[]), use_tqdm=False))[0] >= 9
+
+
+def test_sixteen_tokens_that_nobody_asked_for_end_with_the_context(small, monkeypatch):
+    with_defaults(small.llm, monkeypatch)
+    assert lengths(small.llm.generate([[5] * 250, [5] * 255], use_tqdm=False))[1] == 1
+    assert lengths(small.llm.generate([[5] * 250], SamplingParams(ignore_eos=True, max_tokens=99), use_tqdm=False)) == [6]
+    with pytest.raises(RequestError, match="at least one is for the output"):
+        small.llm.generate([[5] * 256], use_tqdm=False)
+
+
+def test_a_prompt_alone(small):
+    ids = list(range(100, 110))
+    (output,) = small.llm.generate([ids], SamplingParams(max_tokens=0, prompt_logprobs=1), use_tqdm=False)
+    assert len(output.prompt_logprobs) == len(ids)
+    assert (output.outputs[0].text, output.outputs[0].token_ids, output.outputs[0].finish_reason) == ("", [], "length")
+    (whole,) = small.llm.generate([ids], SamplingParams(max_tokens=1, prompt_logprobs=1), use_tqdm=False)
+    assert whole.prompt_logprobs == output.prompt_logprobs
+
+
+def test_a_prompt_is_cut_on_the_left(small):
+    params = dataclasses.replace(GREEDY, truncate_prompt_tokens=4)
+    (output,) = small.llm.generate([list(range(100, 120))], params, use_tqdm=False)
+    assert output.prompt_token_ids == [116, 117, 118, 119]
+    (output,) = small.llm.generate([[7] * 1000], dataclasses.replace(GREEDY, truncate_prompt_tokens=-1), use_tqdm=False)
+    assert len(output.prompt_token_ids) == small.info.max_model_len - GREEDY.max_tokens
+
+
+def test_a_stop_token_is_not_in_the_text(small):
+    free = small.llm.generate([[5, 6, 7]], GREEDY, use_tqdm=False)[0].outputs[0]
+    first = free.token_ids[0]
+    for include in (False, True):
+        params = dataclasses.replace(GREEDY, stop_token_ids=[first], include_stop_str_in_output=include, logprobs=0)
+        (found,) = small.llm.generate([[5, 6, 7]], params, use_tqdm=False)[0].outputs
+        assert found.text == (small.llm.get_tokenizer().decode([first]) if include else "")
+        assert (found.token_ids, len(found.logprobs), found.stop_reason) == ([first], 1, first)
+
+
+def test_a_beams_text_is_without_its_stop_token(small):
+    tokenizer, prompt = small.llm.get_tokenizer(), [5, 6, 7]
+    free = SamplingParams(use_beam_search=True, n=2, max_tokens=3)
+    stop = small.llm.beam_search([prompt], free)[0].sequences[0].tokens[3]
+    ended = 0
+    for include in (False, True):
+        params = dataclasses.replace(free, stop_token_ids=[stop], include_stop_str_in_output=include)
+        for beam in small.llm.beam_search([prompt], params)[0].sequences:
+            hidden = beam.finish_reason == "stop" and not include
+            ended += beam.finish_reason == "stop"
+            assert beam.text == tokenizer.decode(beam.tokens[: len(beam.tokens) - hidden])
+    assert ended
+
+
+def test_without_detokenizing(small):
+    (output,) = small.llm.generate([[5, 6, 7]], dataclasses.replace(GREEDY, detokenize=False), use_tqdm=False)
+    assert output.outputs[0].text == "" and len(output.outputs[0].token_ids) == GREEDY.max_tokens
+
+
+def test_threads_take_turns(small):
+    llm, params = small.llm, dataclasses.replace(GREEDY, ignore_eos=True)
+    prompts = [[[5 + i, 6], [7, 8 + i], [9, 10, 11 + i]] for i in range(4)]
+    expected = [[output.outputs[0].token_ids for output in llm.generate(each, params, use_tqdm=False)] for each in prompts]
+    barrier = threading.Barrier(len(prompts))
+
+    def ask(i):
+        barrier.wait(30)
+        if i % 2:
+            llm.reset_prefix_cache()
+        return [output.outputs[0].token_ids for output in llm.generate(prompts[i], params, use_tqdm=False)]
+
+    with concurrent.futures.ThreadPoolExecutor(len(prompts)) as pool:
+        for _ in range(3):
+            assert list(pool.map(ask, range(len(prompts)), timeout=120)) == expected
+
+
+def test_a_call_from_inside_a_call_is_refused(small, monkeypatch):
+    """As a signal's handler may make one: it would wait for itself for ever."""
+    dispatch, seen = small.runner.dispatch, []
+
+    def dispatch_and_ask(plan):
+        if not seen:
+            for call in (lambda: small.llm.generate("a", GREEDY, use_tqdm=False), small.llm.reset_prefix_cache, small.llm.close):
+                with pytest.raises(EngineStopped, match="in the middle of a call") as caught:
+                    call()
+                seen.append(caught.value)
+        return dispatch(plan)
+
+    monkeypatch.setattr(small.runner, "dispatch", dispatch_and_ask)
+    assert len(small.llm.generate(["a", "b"], GREEDY, use_tqdm=False)) == 2
+    assert len(seen) == 3
+
+
+def test_outputs_that_are_not_finished_are_an_error(small, monkeypatch):
+    """Whatever took a request away from the engine: nobody gets half an answer for a whole one."""
+    dispatch, llm = small.runner.dispatch, small.llm
+
+    def drop(plan):
+        llm._engine.abort(plan.work[0].sequence.request.id)
+        monkeypatch.setattr(small.runner, "dispatch", dispatch)
+        return dispatch(plan)
+
+    monkeypatch.setattr(small.runner, "dispatch", drop)
+    with pytest.raises(GenerationError, match="1 of 2 prompts are not finished"):
+        llm.generate(["a", "b"], GREEDY, use_tqdm=False)
+    assert len(llm.generate(["a", "b"], GREEDY, use_tqdm=False)) == 2
+
+
+def test_what_is_closed_says_so(small, monkeypatch):
+    closed = []
+    llm = LLM.__new__(LLM)
+    monkeypatch.setattr("jaxpaged.llm.load_engine", lambda *_: LoadedEngine(small.llm._engine, small.info, lambda: closed.append(1)))
+    llm._start(EngineConfig(), None)
+    with llm as entered:
+        assert entered is llm and len(llm.generate("a", GREEDY, use_tqdm=False)) == 1 and not closed
+    llm.close()
+    assert closed == [1]
+    message = [{"role": "user", "content": "hi"}]
+    calls = (
+        lambda: llm.generate("a"),
+        lambda: llm.generate([]),
+        lambda: llm.generate([99999]),
+        lambda: llm.chat(message),
+        lambda: llm.beam_search("a", BeamSearchParams(beam_width=2, max_tokens=2)),
+        llm.reset_prefix_cache,
+    )
+    for call in calls:
+        with pytest.raises(EngineStopped, match="this LLM is closed"):
+            call()
+    assert llm.get_tokenizer().encode("a") and llm.get_metrics().steps and llm.get_default_sampling_params()
 
 
 def test_a_bar_shows_the_speed(small, capsys):

@@ -314,7 +314,7 @@ def test_stop_strings(client, stream):
     assert run(stop="two", include_stop_str_in_output=True)[:2] == ("one two", "two")
     assert run(stop="zzz")[:2] == ("one two three", None)
     assert run(stop="threes")[:2] == ("one two three", None)  # held back to the end, then given
-    assert run(stop_token_ids=client.engine.info.tokenizer.encode("t"))[0].startswith("one t")
+    assert run(stop_token_ids=client.engine.info.tokenizer.encode("t"))[0] == "one "
     assert run(stop="e", min_tokens=6)[:2] == ("one two thr", "e")
     assert not client.engine.running
 
@@ -436,8 +436,106 @@ def test_continue_final_message(client):
 
 
 def test_truncate_prompt_tokens(client):
-    answer = client.post("/v1/completions", {"model": "echo", "prompt": "x" * 600 + "abc", "truncate_prompt_tokens": 3}).json()
+    body = {"model": "echo", "prompt": "x" * 600 + "abc", "truncate_prompt_tokens": 3}
+    answer = client.post("/v1/completions", body).json()
     assert (answer["choices"][0]["text"], answer["usage"]["prompt_tokens"]) == ("abc", 3)
+    answer = client.post("/v1/completions", body | {"truncate_prompt_tokens": -1, "max_tokens": 12}).json()
+    assert answer["usage"]["prompt_tokens"] == 500 and answer["usage"]["completion_tokens"] == 12
+    answer = client.post("/v1/completions", body | {"echo": True, "max_tokens": 1}).json()
+    assert answer["choices"][0]["text"] == "abca"  # what the model saw
+    chat = {"model": "echo", "messages": [{"role": "user", "content": "y" * 700}], "truncate_prompt_tokens": -1}
+    assert client.post("/v1/chat/completions", chat).json()["usage"]["prompt_tokens"] == 511
+    for path, asked in (("/v1/completions", body), ("/v1/chat/completions", chat)):
+        client.refused(client.post(path, asked | {"truncate_prompt_tokens": 0}), 400, param="truncate_prompt_tokens")
+
+
+@pytest.mark.parametrize("default", [2, 600])
+def test_the_models_max_new_tokens_is_a_bound(client, default):
+    replace_info(client.engine, default_sampling={"max_tokens": default})
+    long = [{"role": "user", "content": "x" * 480}]
+    for body in (CHAT, CHAT | {"messages": long}, CHAT | {"max_completion_tokens": None}, CHAT | {"stream": True}):
+        assert client.post("/v1/chat/completions", body).status_code == 200
+        request = client.engine.submitted[-1]
+        assert request.max_tokens == min(default, 512 - len(request.prompt))
+    client.post("/v1/chat/completions", CHAT | {"min_tokens": 5})
+    assert client.engine.submitted[-1].max_tokens == max(5, min(default, 512 - 21))
+    client.post("/v1/chat/completions", CHAT | {"max_tokens": 7})
+    assert client.engine.submitted[-1].max_tokens == 7
+    error = client.refused(client.post("/v1/chat/completions", CHAT | {"max_tokens": 500}), 400, param="max_tokens")
+    assert "500" in error["message"]
+
+
+def test_the_sixteen_tokens_of_a_completion_are_a_bound(client):
+    for length, more, expected in ((3, {}, 16), (505, {}, 7), (3, {"min_tokens": 30}, 30), (3, {"max_tokens": 40}, 40)):
+        assert client.post("/v1/completions", {"model": "echo", "prompt": "x" * length, **more}).status_code == 200
+        assert client.engine.submitted[-1].max_tokens == expected
+
+
+def test_requests_of_a_call_share_its_parameters(client):
+    client.post("/v1/completions", {"model": "echo", "prompt": ["x", "y", "z" * 505], "allowed_token_ids": [5, 6]})
+    first, second, third = client.engine.submitted
+    assert first.params is second.params is third.params
+    assert (first.max_tokens, third.max_tokens) == (16, 7)
+
+
+@pytest.mark.parametrize(
+    ("more", "param"),
+    [
+        ({"allowed_token_ids": [258]}, "allowed_token_ids"),  # <|im_end|>, which ends the output
+        ({"allowed_token_ids": [258, 7], "stop_token_ids": [7]}, "allowed_token_ids"),
+        ({"bad_token_ids": [i for i in range(264) if i != 258]}, "bad_token_ids"),
+        ({"stop_token_ids": list(range(264))}, "stop_token_ids"),
+    ],
+)
+@pytest.mark.parametrize(("path", "body"), [("/v1/completions", {"model": "echo", "prompt": ["a", "b"]}), ("/v1/chat/completions", CHAT)])
+def test_masks_that_leave_only_ends_are_refused_with_min_tokens(client, path, body, more, param):
+    body = body | {"max_tokens": 4, **more}
+    error = client.refused(client.post(path, body | {"min_tokens": 2}), 400, param=param)
+    assert "min_tokens (2)" in error["message"]
+    assert client.post(path, body | {"min_tokens": 0}).status_code == 200
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_prompt_alone(client, stream):
+    body = {"model": "echo", "prompt": ["hey", "you"], "max_tokens": 0, "stream": stream}
+    if stream:
+        body["stream_options"] = {"include_usage": True}
+    n = 1 if stream else 2
+    answer = client.post("/v1/completions", body | {"echo": True, "logprobs": 1, "n": n})
+    events = events_of(answer.text)[:-1] if stream else [answer.json()]
+    choices = [choice for event in events for choice in event["choices"]]
+    for index, text in enumerate(["hey"] * n + ["you"] * n):
+        own = [choice for choice in choices if choice["index"] == index]
+        assert "".join(choice["text"] for choice in own) == text
+        assert [token for choice in own for token in (choice["logprobs"] or {}).get("tokens", ())] == list(text)
+        assert own[-1]["finish_reason"] == "length"
+    assert events[-1]["usage"] == usage(6, 0)
+    answer = client.post("/v1/completions", body)
+    texts = [choice["text"] for event in (events_of(answer.text)[:-1] if stream else [answer.json()]) for choice in event["choices"]]
+    assert set(texts) == {""}
+    assert client.post("/v1/chat/completions", CHAT | {"max_tokens": 0}).json()["choices"][0]["message"]["content"] == ""
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("include", [False, True])
+@pytest.mark.parametrize("special", [False, True])
+def test_the_token_that_ended_the_answer_is_not_in_its_text(client, stream, include, special):
+    """As vLLM: the model's end with skip_special_tokens off, or a token of the request's own; ids and log-probabilities keep it."""
+    body = CHAT | {"stream": stream, "skip_special_tokens": False, "include_stop_str_in_output": include, "logprobs": True}
+    body |= {"return_token_ids": True} | ({} if special else {"stop_token_ids": [client.engine.info.tokenizer.encode("i")[0]]})
+    answer = client.post("/v1/chat/completions", body)
+    if stream:
+        choices = [choice for event in events_of(answer.text)[:-1] for choice in event["choices"]]
+        text = "".join(choice["delta"].get("content") or "" for choice in choices)
+    else:
+        choices = answer.json()["choices"]
+        text = choices[0]["message"]["content"]
+    end = "<|im_end|>" if special else "i"
+    kept = "<|im_start|>user\nhi" if special else "<|im_start|>user\nh"
+    assert text == kept + (end if include else "")
+    tokens = [entry["token"] for choice in choices for entry in (choice["logprobs"] or {}).get("content", ())]
+    assert tokens[-1] == end and choices[-1]["finish_reason"] == "stop"
+    assert sum(len(choice.get("token_ids") or ()) for choice in choices) == len(tokens)
 
 
 def test_models(make_client):

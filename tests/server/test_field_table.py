@@ -45,6 +45,7 @@ def beyond(spec):
         values.append(spec.low if spec.low_open else spec.low - step)
     if spec.high is not None:
         values.append(spec.high + step)
+    values += spec.forbidden
     if spec.kind == "bias_map":
         return [{"1": value} for value in values] + [{str(i): 0 for i in range(spec.max_items + 1)}]
     if spec.kind == "int_list":
