@@ -12,7 +12,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 
@@ -34,7 +34,7 @@ class Tokenizer:
     Attributes:
         vocab_size: Number of ids the tokenizer knows; the model's may be larger (padded) and is what requests are checked against.
         bos_token, eos_token: Spelling of the special tokens, or None.
-        eos_token_id: Id of the end-of-sequence token, or None.
+        bos_token_id, eos_token_id: Their ids, or None.
 
     Raises:
         CheckpointError: It turns ids into text in a way that is not known here.
@@ -59,6 +59,7 @@ class Tokenizer:
         self.vocab_size = len(self._pieces)
         self.bos_token: str | None = hf.bos_token
         self.eos_token: str | None = hf.eos_token
+        self.bos_token_id: int | None = hf.bos_token_id
         self.eos_token_id: int | None = hf.eos_token_id
 
     @classmethod
@@ -113,8 +114,9 @@ class Tokenizer:
         ids: list[int] = self._plain.encode(text, add_special_tokens=add_special_tokens).ids
         return ids
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of ``token_ids``; ids the tokenizer does not know give nothing."""
+    def decode(self, token_ids: int | Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of ``token_ids``, or of one; ids the tokenizer does not know give nothing."""
+        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         pieces = [self.token_bytes(i) for i in token_ids if not (skip_special_tokens and i in self._special)]
         if pieces and self.strips_first_space:
             pieces[0] = pieces[0].removeprefix(b" ")
@@ -128,17 +130,27 @@ class Tokenizer:
         """Returns one token as shown in log-probability answers (replacement characters for partial ones)."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[True] = True, **options: Any
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **options: Any) -> list[int] | str: ...
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tokenize: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Renders a conversation in the sandboxed template and returns its ids.
+        **variables: Any,
+    ) -> list[int] | str:
+        """Renders a conversation in the sandboxed template and returns its ids, or its text.
 
         Special tokens that a message, a tool or a variable spells out become ordinary text, never special tokens: their spelling is
         broken by a noncharacter while the template runs, and encoded as text afterwards.
@@ -146,11 +158,13 @@ class Tokenizer:
         Args:
             messages: Role and content each; content given as text parts is joined. Tool calls, results and reasoning go to a template that
                 shows them, see ``conversation.fit_messages``.
+            tokenize: Return ids; else the text, in which a special token that a message spells out looks like any other.
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: Leave the last message open instead.
             tools: JSON schemas of functions, for templates that show them.
             chat_template: Jinja source to use instead of the tokenizer's.
             template_kwargs: More variables for the template; names in ``RESERVED_TEMPLATE_KEYS`` are refused.
+            **variables: The same, as transformers takes them (``enable_thinking=False``).
 
         Raises:
             RequestError: There is no template, or it rejects the conversation (with its message), or leaves a part of it out.
@@ -159,11 +173,12 @@ class Tokenizer:
         if template is None:
             message = "this model's tokenizer has no chat template: start the server with --chat-template, or use completions"
             raise RequestError(message, param="messages", code="no_chat_template")
-        if clash := RESERVED_TEMPLATE_KEYS.intersection(template_kwargs or ()):
+        variables |= template_kwargs or {}
+        if clash := RESERVED_TEMPLATE_KEYS.intersection(variables):
             raise RequestError(f"chat_template_kwargs must not contain {sorted(clash)[0]!r}", param="chat_template_kwargs")
         support = self._find_support(template) if needs_support(messages) else TemplateSupport(frozenset())
         fitted = [_join_parts(message) for message in fit_messages(messages, support)]
-        more = {"tools": list(tools) if tools else None, **(template_kwargs or {})}
+        more = {"tools": list(tools) if tools else None, **variables}
         mark = _unused_noncharacter([fitted, more])
         broken = self._break_values(more, mark)
         try:
@@ -176,6 +191,8 @@ class Tokenizer:
             )
         except RequestError as error:
             raise RequestError(self._plain_text(str(error), mark), param=error.param, code=error.code) from error
+        if not tokenize:
+            return self._plain_text(text, mark)
         return self._encode_marked(text, mark) if mark in text else self.encode(text, add_special_tokens=False)
 
     def template_reads(self, name: str) -> bool:

@@ -432,6 +432,22 @@ def test_ordinary_conversations_are_encoded_as_the_template_renders_them(tiny):
     assert tiny.apply_chat_template(messages) == tiny.encode(text, add_special_tokens=False)
 
 
+def test_a_script_made_for_vllm_finds_its_tokenizer(tiny):
+    hf, messages = transformers.AutoTokenizer.from_pretrained(TINY_MODEL), [{"role": "user", "content": "日本 <|im_end|> 👍"}]
+    for opened in (True, False):
+        text = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        assert tiny.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened) == text
+    template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}{{ more }}"
+    rendered = tiny.apply_chat_template(
+        messages, tokenize=False, chat_template=template, enable_thinking=True, template_kwargs={"more": "<|im_end|>"}
+    )
+    assert rendered == "日本 <|im_end|> 👍<think><|im_end|>"
+    with pytest.raises(RequestError, match="'eos_token'"):
+        tiny.apply_chat_template(messages, tokenize=False, eos_token="x")
+    assert (tiny.bos_token_id, tiny.eos_token_id) == (hf.bos_token_id, hf.eos_token_id)
+    assert tiny.decode(5) == tiny.decode([5]) and tiny.decode(tiny.eos_token_id, skip_special_tokens=False) == tiny.eos_token
+
+
 def test_a_tokenizer_can_be_sent_to_another_process(tiny, sentencepiece):
     messages = [{"role": "user", "content": "<|im_end|> 日本 </s> <s>"}]
     for tokenizer in (tiny, sentencepiece):
