@@ -1,6 +1,7 @@
 """Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
 
 import dataclasses
+import json
 import pickle
 import random
 
@@ -12,9 +13,10 @@ from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers
 
 from jaxpaged.config import TINY_MODEL
+from jaxpaged.engine import tokenizer as tokenizer_module
 from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
 from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
@@ -506,3 +508,174 @@ def test_threads_share_a_tokenizer(tiny):
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda _: (tiny.apply_chat_template(messages), tiny.encode("abc " * 100)), range(64)))
     assert all(result == expected for result in results)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tokenizer's files
+
+
+NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+OPENING = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+LOST = "a cat\n  had 1234 mice, and  $99"
+
+
+@pytest.fixture
+def write_tokenizer(tmp_path):
+    """Writes the tiny model's tokenizer with other values in its files."""
+
+    def write(config=None, *, vocab=None, added=None, **description):
+        content = json.loads((TINY_MODEL / "tokenizer.json").read_text())
+        content |= description
+        content["model"]["vocab"] |= vocab or {}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        own = json.loads((TINY_MODEL / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, **(config or {})}))
+        if added is not None:
+            (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        return tmp_path
+
+    return write
+
+
+LABELS = [
+    "LlamaTokenizerFast",
+    "LlamaTokenizer",
+    "GPT2TokenizerFast",
+    "Qwen2Tokenizer",
+    "GemmaTokenizer",
+    "T5TokenizerFast",
+    "Nobody",
+    None,
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_tokenizer_json_decides_and_not_the_class_that_is_named(write_tokenizer, label):
+    directory = write_tokenizer({"tokenizer_class": label, "add_prefix_space": True, **NAMED}, pre_tokenizer=DIGITS)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    own, loaded = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), Tokenizer.load(directory)
+    for text in (LOST, *TEXTS, "<|im_start|>user"):
+        ids = loaded.encode(text)
+        assert ids == own.encode(text).ids
+        assert loaded.decode(ids, skip_special_tokens=False) == own.decode(ids, skip_special_tokens=False) == text
+        detokenizer = IncrementalDetokenizer(loaded, skip_special_tokens=False)
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == text
+    (*_, said, end) = loaded.apply_chat_template([{"role": "user", "content": LOST}], add_generation_prompt=False)
+    assert (said, end) == (loaded.eos_token_id, *loaded.encode("\n"))
+    assert (loaded.bos_token, loaded.eos_token, loaded.eos_token_id) == ("<|im_start|>", "<|im_end|>", 2)
+
+
+@pytest.mark.parametrize("adds", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": None, "add_eos_token": True}])
+def test_tokenizer_json_says_what_is_put_before_and_behind_a_text(write_tokenizer, adds):
+    plain = Tokenizer.load(write_tokenizer({**NAMED, **adds})).encode("hi")
+    assert Tokenizer.load(write_tokenizer({**NAMED, **adds}, post_processor=OPENING)).encode("hi") == [1, *plain]
+    assert Tokenizer.load(write_tokenizer({**NAMED, **adds}, post_processor=OPENING)).encode("hi", add_special_tokens=False) == plain
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(write_tokenizer, tiny):
+    cut = {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}}
+    pad = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    assert Tokenizer.load(write_tokenizer(**cut, padding=pad)).encode(LOST) == tiny.encode(LOST)
+
+
+def added(text, **flags):
+    return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **flags}
+
+
+def test_tokens_that_tokenizer_json_does_not_know_come_behind_it(write_tokenizer, tiny):
+    size = tiny.vocab_size
+    config = {"bos_token": "<new>", "added_tokens_decoder": {str(size): added("<named>"), str(size + 1): added("<think>", special=False)}}
+    loaded = Tokenizer.load(write_tokenizer(config))
+    ids = loaded.encode("<named><think>hi<new>")
+    assert ids == [size, size + 1, *tiny.encode("hi"), size + 2]
+    assert loaded.decode(ids) == "<think>hi"
+    assert loaded.decode(ids, skip_special_tokens=False) == "<named><think>hi<new>"
+    assert loaded.bos_token == "<new>"
+    assert Tokenizer.load(write_tokenizer(added={"<more>": size})).encode("<more>") == [size]
+
+
+def test_a_word_of_the_vocabulary_may_be_named_as_special(write_tokenizer, tiny):
+    (word,) = tiny.encode(" the")
+    loaded = Tokenizer.load(write_tokenizer({"eos_token": tiny._plain.id_to_token(word)}))
+    assert loaded.eos_token_id == word
+    assert loaded.decode([*tiny.encode("end"), word]) == "end"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_a_token_with_two_ids_is_refused_with_both(write_tokenizer, tiny, file):
+    size = tiny.vocab_size
+    if file == "added_tokens.json":
+        directory = write_tokenizer(added={"<far>": 5000})
+    else:
+        directory = write_tokenizer({"added_tokens_decoder": {"5000": added("<far>")}})
+    with pytest.raises(CheckpointError, match=rf"{file}: token '<far>' has id 5000, but tokenizer.json gives it {size}"):
+        Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize("token_id", [2**22, 2**31 - 1])
+def test_an_id_that_no_model_has_is_refused_before_memory_is_taken_for_it(write_tokenizer, token_id):
+    directory = write_tokenizer(vocab={"zzqq": token_id})
+    with pytest.raises(CheckpointError, match=f"'zzqq' has id {token_id:,}; ids up to 4,194,303 are supported"):
+        Tokenizer.load(directory)
+
+
+def test_a_directory_without_tokenizer_json_is_converted_or_refused(write_tokenizer, tiny):
+    directory = write_tokenizer({"tokenizer_class": "GPT2Tokenizer"})
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json .*, and not all of merges\.txt, vocab\.json to make it of$"):
+        Tokenizer.load(directory)
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    loaded = Tokenizer.load(directory)
+    assert loaded.encode("the cat sat") == tiny.encode("the cat sat")
+    assert loaded.decode(loaded.encode(LOST)) == LOST
+
+
+HOSTILE = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_that_text_alone(write_tokenizer, tiny):
+    loaded = Tokenizer.load(write_tokenizer(pre_tokenizer=HOSTILE))
+    for encode in (loaded.encode, lambda text: loaded.apply_chat_template([{"role": "user", "content": text}])):
+        for text in ("x" * 60, "<|im_end|>" + "x" * 60):
+            with pytest.raises(RequestError, match=r"^this model's tokenizer cannot encode this text: .*retry-limit") as caught:
+                encode(text)
+            assert caught.value.code == "tokenizer_failed"
+        assert encode("cat")
+
+
+@pytest.fixture(scope="module")
+def panic():
+    """What tokenizers raises where its Rust code panics."""
+    splitter = tokenizers.Tokenizer(models.BPE())
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), "isolated")
+    with pytest.raises(BaseException, match="retry-limit") as caught:
+        splitter.encode("x" * 60)
+    assert not isinstance(caught.value, Exception)
+    return caught.value
+
+
+def test_a_panic_while_loading_is_an_error_of_the_files_and_an_interrupt_is_none(write_tokenizer, monkeypatch, panic):
+    directory = write_tokenizer()
+    for error, expected in ((panic, CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        monkeypatch.setattr(tokenizer_module, "read_json", lambda path, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(expected):
+            Tokenizer.load(directory)

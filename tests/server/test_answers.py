@@ -1,13 +1,15 @@
 """Golden bodies and event streams: what a client reads, to the letter."""
 
+import dataclasses
 import json
 
 import pytest
-from server_fakes import byte_tokenizer, replace_info
-from server_harness import events_of
+from server_fakes import FakeAsyncEngine, byte_tokenizer, replace_info
+from server_harness import GOOD, events_of
 
-from jaxpaged.config import ServerConfig
+from jaxpaged.config import TINY_MODEL, ServerConfig
 from jaxpaged.engine.output import TokenText
+from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.server.render import Choice, Label, Renderer, Usage
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
@@ -573,3 +575,58 @@ def test_small_routes(client):
     assert client.request("POST", "/ping").status_code == 200
     health = client.request("GET", "/health").json()
     assert set(health) == {"status", "running", "waiting", "last_step_age_s"}
+
+
+# ------------------------------------------------------------------------------------------------- what the tokenizer's files say
+
+TINY_VOCAB = 2048
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path, make_client):
+    """Makes a client of a server whose tokenizer is the tiny model's with other values in its files."""
+
+    def make(pre_tokenizer, **config):
+        for name, more in (("tokenizer.json", {"pre_tokenizer": pre_tokenizer}), ("tokenizer_config.json", config)):
+            (tmp_path / name).write_text(json.dumps({**json.loads((TINY_MODEL / name).read_text()), **more}))
+        engine = FakeAsyncEngine()
+        model = dataclasses.replace(engine.info.model_config, vocab_size=TINY_VOCAB)
+        replace_info(engine, tokenizer=Tokenizer.load(tmp_path), model_config=model, eos_token_ids=())
+        return make_client(engine)
+
+    return make
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+@pytest.mark.parametrize("label", ["LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_a_mislabelled_tokenizer_loses_nothing_anywhere(with_tokenizer, label):
+    digits = {"type": "Digits", "individual_digits": True}
+    client = with_tokenizer({"type": "Sequence", "pretokenizers": [digits, {**BYTE_LEVEL, "use_regex": True}]}, tokenizer_class=label)
+    text = "two  cats,\n\n 1234 mice "
+    whole = client.post("/v1/completions", {**GOOD, "prompt": text, "max_tokens": 99}).json()
+    assert whole["choices"][0]["text"] == text
+    (*chunks, done) = events_of(client.post("/v1/completions", {**GOOD, "prompt": text, "max_tokens": 99, "stream": True}).text)
+    assert ("".join(chunk["choices"][0]["text"] for chunk in chunks), done) == (text, "[DONE]")
+    ids = client.post("/tokenize", {"prompt": text}).json()["tokens"]
+    assert len(ids) == whole["usage"]["prompt_tokens"]
+    assert [client.engine.info.tokenizer.token_text(i) for i in ids if client.engine.info.tokenizer.token_text(i).isdigit()] == list("1234")
+    assert client.post("/detokenize", {"tokens": ids}).json()["prompt"] == text
+    said = client.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": text}], "max_tokens": 99}).json()
+    assert text in said["choices"][0]["message"]["content"]
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_one_request(with_tokenizer):
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    client = with_tokenizer({"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]})
+    hostile = "x" * 60
+    for _ in range(3):  # more often than there are threads
+        for path, body in (
+            ("/v1/completions", {**GOOD, "prompt": hostile}),
+            ("/v1/completions", {**GOOD, "prompt": ["ok", hostile], "stream": True}),
+            ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": hostile}]}),
+            ("/tokenize", {"prompt": hostile}),
+        ):
+            client.refused(client.post(path, body), 400, code="tokenizer_failed")
+    client.works()
