@@ -173,9 +173,12 @@ class FakeAsyncEngine:
         self.running[request.id] = FakeStream(self, request)
         return self.running[request.id]
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self, tenant: str | None = None) -> None:
         self.num_resets += 1
-        self._seen.clear()
+        if tenant is None:
+            self._seen.clear()
+        else:
+            self._seen.pop(tenant, None)
 
     def num_cached(self, request: Request) -> int:
         """Plays a prefix cache of pages of one token: what the prompt shares with one that its tenant asked before, less its last token."""

@@ -57,9 +57,10 @@ class _Abort:
 
 @dataclasses.dataclass(frozen=True)
 class _ResetCache:
-    """Forget all earlier prompts, and say so."""
+    """Forget earlier prompts, one tenant's or all, and say so."""
 
     number: int
+    tenant: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +276,8 @@ class AsyncEngine:
         """
         self._inbox.put(_Abort(request_id, index, reason))
 
-    async def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of all earlier prompts; returns when that is done. Call from the loop's thread.
+    async def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets the keys and values of earlier prompts, one tenant's or all; returns when that is done. Call from the loop's thread.
 
         Raises:
             EngineStopped: Not loaded yet, stopped or failed.
@@ -285,7 +286,7 @@ class AsyncEngine:
             raise EngineStopped(f"the engine is {self._state}")
         self._num_resets += 1
         done = self._resets[self._num_resets] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_ResetCache(self._num_resets))
+        self._inbox.put(_ResetCache(self._num_resets, tenant))
         await done
 
     async def drain(self, timeout_s: float) -> None:
@@ -424,8 +425,8 @@ class AsyncEngine:
                             refused.append((request.id, error))
                     case _Abort(request_id, index, reason):
                         events += engine.abort(request_id, index, reason=reason)
-                    case _ResetCache(number):
-                        engine.reset_prefix_cache()
+                    case _ResetCache(number, tenant):
+                        engine.reset_prefix_cache(tenant)
                         resets.append(number)
                 block = False
         return _News(tuple(accepted), tuple(refused), tuple(events), tuple(resets))

@@ -153,9 +153,9 @@ class Engine:
             events += self.scheduler.abort(request_id)
         return self._send(events)
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of all earlier prompts; those that running sequences read stay theirs."""
-        self.scheduler.reset_prefix_cache()
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets the keys and values of earlier prompts, one tenant's or all; those that running sequences read stay theirs."""
+        self.scheduler.reset_prefix_cache(tenant)
 
     def check(self) -> None:
         """Verifies the scheduler's invariants and that nothing is kept for sequences that are gone; call when idle.

@@ -253,9 +253,9 @@ class Scheduler:
             index = None
         return [self._end(sequence, FinishReason.ABORT) for sequence in tuple(group.sequences) if index in (None, sequence.index)]
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets what is in the prefix cache, on the device and in host memory; harms nobody who runs."""
-        self.memory.reset_prefix_cache()
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets what is in the prefix cache of one tenant, or of all, on the device and in host memory; harms nobody who runs."""
+        self.memory.reset_prefix_cache(tenant)
 
     def check_size(self, request: Request) -> None:
         """Raises RequestError if a request can never fit, as ``add`` does."""

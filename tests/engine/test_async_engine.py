@@ -172,6 +172,9 @@ def test_the_prefix_cache_is_parted_by_tenant_and_can_be_reset():
             await engine.reset_prefix_cache()
             assert engine.stats().pages_cached == 0
             assert [await cached(tenant) for tenant in ("a", "b", "a")] == [{0}, {0}, {12}]
+            await engine.reset_prefix_cache("a")
+            assert engine.stats().pages_cached > 0
+            assert [await cached(tenant) for tenant in ("a", "b", "a")] == [{0}, {12}, {12}]
 
     asyncio.run(main())
 

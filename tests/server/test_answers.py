@@ -202,7 +202,7 @@ def test_cached_tokens_are_counted_whole_and_streamed(client, path, body):
     expected = [3, 2 + 6] if "prompt" in body else [0, 20]
     streaming = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     assert [client.post(path, body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)] == expected
-    assert client.post("/reset_prefix_cache", {}).json() == {"status": "ok"}
+    assert client.post("/reset_prefix_cache", {}).json() == {"status": "ok", "reset": "all"}
     for cached in expected:
         events = events_of(client.post(path, body | streaming).text)[:-1]
         counts = [event["usage"]["prompt_tokens_details"]["cached_tokens"] for event in events]
