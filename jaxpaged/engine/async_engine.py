@@ -396,11 +396,11 @@ class AsyncEngine:
         checked = True
         while not self._stopping.is_set():
             if engine.has_work:
-                news = self._take_in(engine, block=False, timeout_s=None)
+                news = self._take_in(engine, timeout_s=engine.wait_s)
                 events = (*news.events, *engine.step())
                 checked = False
             else:
-                news = self._take_in(engine, block=True, timeout_s=None if checked else _IDLE_CHECK_S)
+                news = self._take_in(engine, timeout_s=None if checked else _IDLE_CHECK_S)
                 events = news.events
                 if not (news.accepted or engine.has_work or checked):
                     engine.check()
@@ -408,15 +408,15 @@ class AsyncEngine:
             if events or news.accepted or news.refused or news.resets:
                 self._call(self._deliver, dataclasses.replace(news, events=events))
 
-    def _take_in(self, engine: Engine, *, block: bool, timeout_s: float | None) -> _News:
-        """Empties the inbox into the engine."""
+    def _take_in(self, engine: Engine, *, timeout_s: float | None) -> _News:
+        """Empties the inbox into the engine; waits that long for the first thing in it, None for as long as it takes."""
         accepted: list[str] = []
         refused: list[tuple[str, JaxpagedError]] = []
         events: list[TokenEvent] = []
         resets: list[int] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                match self._inbox.get(block=block, timeout=timeout_s):
+                match self._inbox.get(block=timeout_s != 0, timeout=timeout_s):
                     case _Submit(request):
                         try:
                             engine.add(request)
@@ -428,7 +428,7 @@ class AsyncEngine:
                     case _ResetCache(number, tenant):
                         engine.reset_prefix_cache(tenant)
                         resets.append(number)
-                block = False
+                timeout_s = 0
         return _News(tuple(accepted), tuple(refused), tuple(events), tuple(resets))
 
     def _set_state(self, state: EngineState, detail: str) -> None:
