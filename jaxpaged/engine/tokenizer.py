@@ -137,6 +137,12 @@ class Tokenizer:
         """
         return _encode(self._plain, text, add_special_tokens=add_special_tokens)
 
+    def num_added(self) -> tuple[int, int]:
+        """Returns how many special tokens ``encode`` puts before and behind a text."""
+        plain, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+        return (0, 0) if first is None else (first, len(whole) - first - len(plain))
+
     def decode(self, token_ids: int | Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Returns the text of ``token_ids``, or of one; ids the tokenizer does not know give nothing."""
         token_ids = [token_ids] if isinstance(token_ids, int) else token_ids

@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from jaxpaged.config import ServerConfig
 from jaxpaged.engine.admission import make_params, make_request
 from jaxpaged.engine.async_engine import AsyncEngine
+from jaxpaged.engine.output import PromptText
 from jaxpaged.engine.status import EngineInfo, EngineStatus
 from jaxpaged.errors import RequestError
 from jaxpaged.scheduling.request import Request
@@ -277,8 +278,9 @@ def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str, ten
     params = make_params(asked.sampling, info)
     requests, choices = [], []
     for i, prompt in enumerate(asked.prompts or (None,)):
+        ids = _encode(prompt, asked.messages, asked, info)
         request = make_request(
-            _encode(prompt, asked.messages, asked, info),
+            ids,
             params,
             info,
             request_id=f"{request_id}-{i}",
@@ -287,10 +289,16 @@ def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str, ten
             default_max_tokens=None if asked.is_chat else DEFAULT_COMPLETION_TOKENS,
         )
         requests.append(request)
-        whole = isinstance(prompt, str) and params.truncate_prompt_tokens is None
-        text = "" if not asked.echo else prompt if whole else info.tokenizer.decode(request.prompt)
+        echo = _echo(prompt, asked, request, len(ids), info) if asked.echo else None
+        first = info.tokenizer.token_text(request.prompt[0]) if asked.echo else ""
         for sample in range(params.n):
-            choice = Choice(index=i * params.n + sample, prompt_token_ids=request.prompt, prompt_text=str(text or ""))
-            choice.prompt_first = info.tokenizer.token_text(request.prompt[0]) if asked.echo else ""
+            choice = Choice(index=i * params.n + sample, prompt_token_ids=request.prompt, echo=echo, first_token=first)
             choices.append(choice)
     return requests, choices
+
+
+def _echo(prompt: Prompt | None, asked: GenerationCall, request: Request, num_ids: int, info: EngineInfo) -> PromptText:
+    """Returns the prompt as it is repeated: without what the tokenizer itself has put around a text, and without what was cut off."""
+    before, behind = info.tokenizer.num_added() if isinstance(prompt, str) and asked.add_special_tokens else (0, 0)
+    cut = num_ids - len(request.prompt)
+    return PromptText.decode(request.prompt, info.tokenizer, added=(max(0, before - cut), behind))

@@ -1,6 +1,8 @@
 """Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
 
+import codecs
 import dataclasses
+import itertools
 import json
 import pickle
 import random
@@ -10,11 +12,11 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 from jaxpaged.config import TINY_MODEL
 from jaxpaged.engine import tokenizer as tokenizer_module
-from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
+from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, PromptText, StopStrings
 from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
@@ -129,6 +131,95 @@ def test_a_prompt_that_ends_in_half_a_character_is_completed_by_the_output(tiny)
 
 
 # ------------------------------------------------------------------------------------------------------------- stop strings
+
+
+# ------------------------------------------------------------------------------------------------------------ where a token's text begins
+
+
+def text_before(tokenizer, ids, skipped=frozenset()):
+    """Characters that are complete once ``ids`` are there: the whole text anew for each prefix, without any state."""
+    pieces = [tokenizer.token_bytes(i) for i in ids if i not in skipped]
+    if pieces and tokenizer.strips_first_space:
+        pieces[0] = pieces[0].removeprefix(b" ")
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
+def test_a_prompts_tokens_begin_where_the_text_before_them_ends(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(3)
+    for case in range(800):
+        ids = [rng.randrange(tokenizer.vocab_size + 2) for _ in range(rng.randrange(1, 12))]
+        if case % 2:
+            ids = [*ids[:1], *tokenizer.encode("".join(rng.choice("aé日👍🇩 ") for _ in range(5)), add_special_tokens=False), *ids[1:2]]
+        prompt = PromptText.decode(ids, tokenizer)
+        assert prompt.text == text_before(tokenizer, ids)
+        assert list(prompt.offsets) == [len(text_before(tokenizer, ids[:i])) for i in range(len(ids))]
+        assert list(prompt.offsets) == sorted(prompt.offsets)
+        whole = tokenizer.decode(ids, skip_special_tokens=False)
+        assert whole.startswith(prompt.text.rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_outputs_tokens_begin_where_the_text_before_them_ends(request, kind, skip):
+    """However the tokens are cut into events, whatever is held back for a stop string."""
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(4)
+    skipped = tokenizer.special_token_ids if skip else frozenset()
+    for case in range(400):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 12))]
+        if case % 2:
+            ids = [*ids[:1], *tokenizer.encode("".join(rng.choice("aé日👍🇩 ") for _ in range(5)), add_special_tokens=False), *ids[1:2]]
+        stop = ["\u0000never", "never"] if case % 3 else None
+        asked = request_with(prompt=tuple(tokenizer.encode("a", add_special_tokens=False)), logprobs=0, skip_special_tokens=skip, stop=stop)
+        processor = OutputProcessor(asked, tokenizer)
+        entries = tuple(TokenLogprobs(token_id, -1.0, 1, ()) for token_id in ids)
+        group, found, text = rng.randrange(1, 4), [], ""
+        for at in range(0, len(ids), group):
+            last = FinishReason.LENGTH if at + group >= len(ids) else None
+            delta = processor.process(TokenEvent("r", 0, tuple(ids[at : at + group]), entries[at : at + group], finish_reason=last))
+            found += [entry.offset for entry in delta.logprobs]
+            text += delta.text
+        before = [text_before(tokenizer, [*asked.prompt, *ids[:i]], skipped).removeprefix("a") for i in range(len(ids) + 1)]
+        assert found == [len(piece) for piece in before[:-1]]
+        emitted = [after.removeprefix(piece) for piece, after in itertools.pairwise(before)]
+        assert all(text[offset:].startswith(piece) for offset, piece in zip(found, emitted, strict=True))
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_the_tokens_of_a_stop_string_keep_their_places(tiny, include):
+    ids = [tiny.encode(letter)[0] for letter in "one two"]
+    asked = request_with(logprobs=0, stop=["two"], include_stop_str_in_output=include)
+    processor, found, text = OutputProcessor(asked, tiny), [], ""
+    for token_id in ids:
+        delta = processor.process(TokenEvent("r", 0, (token_id,), (TokenLogprobs(token_id, -1.0, 1, ()),)))
+        found += [entry.offset for entry in delta.logprobs]
+        text += delta.text
+    assert (text, found) == ("one two" if include else "one ", [0, 1, 2, 3, 4, 5, 6])
+
+
+def test_a_token_that_is_not_shown_begins_at_the_end(tiny):
+    ids = [*tiny.encode("日"), 2]
+    entries = tuple(TokenLogprobs(token_id, -1.0, 1, ()) for token_id in ids)
+    asked = request_with(logprobs=0, stop_token_ids=[2], skip_special_tokens=False)
+    delta = OutputProcessor(asked, tiny).process(TokenEvent("r", 0, tuple(ids), entries, finish_reason=FinishReason.STOP, stop_reason=2))
+    assert delta.text == "日"
+    assert [entry.offset for entry in delta.logprobs] == [0] * len(tiny.encode("日")) + [1]
+
+
+def test_the_tokenizers_own_additions_are_no_text(sentencepiece):
+    assert sentencepiece.num_added() == (0, 0)
+    for template, expected in (("<s> $A", (1, 0)), ("<s> $A </s>", (1, 1)), ("$A </s>", (0, 1))):
+        backend = tokenizers.Tokenizer.from_str(sentencepiece._plain.to_str())
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+        assert tokenizer.num_added() == expected
+        for text in ("the cat", " the", "日c", "c</s>"):
+            ids = tokenizer.encode(text)
+            prompt = PromptText.decode(ids, tokenizer, added=tokenizer.num_added())
+            assert prompt.text == text
+            assert len(prompt.offsets) == len(ids) and list(prompt.offsets) == sorted(prompt.offsets)
 
 
 def oracle(text, stops, include):

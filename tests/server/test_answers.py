@@ -252,6 +252,74 @@ def test_completion_logprobs_with_echo(client):
     assert (text, streamed) == ("heyhe", choice["logprobs"])
 
 
+ECHOED = {
+    "words": ("hey you", {}),
+    "an emoji": ("a🙂b日", {}),
+    "half a character": (lambda encode: encode("a🙂")[:3], {}),
+    "ids of special tokens": (lambda encode: encode("<|endoftext|>hi<|im_start|>you<|im_end|>"), {"ignore_eos": True}),
+    "special tokens in a text": ("<|im_start|>hé<|im_end|>", {"ignore_eos": True}),
+    "special tokens shown": ("<|im_start|>hé<|im_end|>", {"ignore_eos": True, "skip_special_tokens": False}),
+    "a stop string": ("one 🙂 two", {"stop": "🙂 t"}),
+    "a stop string that is kept": ("one 🙂 two", {"stop": "🙂 t", "include_stop_str_in_output": True}),
+    "several": ("a🙂", {"n": 3}),
+    "the best of several": ("a🙂", {"best_of": 3, "n": 2}),
+    "several prompts": (lambda encode: [encode("a🙂"), encode("日")[:2]], {"n": 2}),
+    "the last of it": ("🙂🙂🙂", {"truncate_prompt_tokens": 6}),
+    "the prompt alone": ("a🙂b", {"max_tokens": 0}),
+}
+
+
+@pytest.mark.parametrize("echo", [True, False])
+@pytest.mark.parametrize(("prompt", "more"), ECHOED.values(), ids=ECHOED)
+def test_text_offsets_are_where_the_tokens_text_begins(client, prompt, more, echo):
+    """In streams as in whole answers: offsets never fall, and the text from there on is what the tokens from there on say."""
+    tokenizer = client.engine.info.tokenizer
+    prompt = prompt if isinstance(prompt, str) else prompt(tokenizer.encode)
+    body = {"model": "echo", "prompt": prompt, "echo": echo, "logprobs": 0, "max_tokens": 40, "return_token_ids": True, **more}
+    choices = client.post("/v1/completions", body).json()["choices"]
+    for choice in choices:
+        offsets, ids = choice["logprobs"]["text_offset"], (choice["prompt_token_ids"] if echo else []) + choice["token_ids"]
+        assert offsets == sorted(offsets) and len(offsets) == len(ids) == len(choice["logprobs"]["tokens"])
+        for token_id, offset, end in zip(ids, offsets, [*offsets[1:], None][: len(ids)], strict=True):
+            own, piece = tokenizer.token_text(token_id), choice["text"][offset:end]
+            # Nothing where it is left out, or cut off with a stop string; half a character that it ends shows before it.
+            assert "\ufffd" in own or piece.lstrip("\ufffd") in (own, "")
+    if "best_of" not in more:
+        streamed = {}
+        for event in events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]:
+            for piece in event["choices"]:
+                seen = streamed.setdefault(piece["index"], {"text": "", "text_offset": [], "tokens": []})
+                seen["text"] += piece["text"]
+                for name in ("text_offset", "tokens"):
+                    seen[name] += (piece["logprobs"] or {name: []})[name]
+        assert [streamed[choice["index"]] for choice in choices] == [
+            {"text": choice["text"], **{name: choice["logprobs"][name] for name in ("text_offset", "tokens")}} for choice in choices
+        ]
+
+
+def test_offsets_behind_an_emoji_and_behind_special_tokens(client):
+    body = {"model": "echo", "logprobs": 0, "echo": True, "max_tokens": 2}
+    choice = client.post("/v1/completions", body | {"prompt": "a🙂b"}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("a🙂ba\ufffd", [0, 1, 1, 1, 1, 2, 3, 4])
+    choice = client.post("/v1/completions", body | {"prompt": "<|im_start|>a"}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("<|im_start|>aa", [0, 12, 13, 13])
+    choice = client.post("/v1/completions", body | {"prompt": "<|im_start|>a", "skip_special_tokens": False}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("<|im_start|>a<|im_start|>a", [0, 12, 13, 25])
+
+
+def test_echo_is_the_same_with_and_without_logprobs(client):
+    for prompt, more in ECHOED.values():
+        if isinstance(prompt, str) and "best_of" not in more:
+            body = {"model": "echo", "prompt": prompt, "echo": True, **more}
+            texts = [
+                [choice["text"] for choice in client.post("/v1/completions", body | asked).json()["choices"]]
+                for asked in ({}, {"logprobs": 1})
+            ]
+            assert texts[0] == texts[1]
+            if "truncate_prompt_tokens" not in more:
+                assert all(text.startswith(prompt) for text in texts[0])
+
+
 def test_the_chosen_token_is_always_among_the_top_ones(client):
     label = Label(id="x", created=0, model="m", fingerprint="f")
     best = TokenText(1, "a", b"a", -0.1, 1)
