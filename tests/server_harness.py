@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import functools
 import json
+import pickle
 import re
 import socket
 import threading
@@ -16,17 +17,29 @@ from jaxpaged.config import ServerConfig
 from jaxpaged.server.app import create_app
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
+from jaxpaged.server.prepare import prepare
 
 LEAK = re.compile(r"0x[0-9a-fA-F]{6,}|File \"|Traceback|/(?:usr|home|root|tmp|work|opt|var|site-packages)/")
 GOOD = {"model": "echo", "prompt": "ok", "max_tokens": 2}
 
 
+class InlinePool:
+    """Prepares calls where they are; what would cross to another process is pickled all the same."""
+
+    async def run(self, job, info, *, size, owner):
+        await asyncio.sleep(0)
+        return pickle.loads(pickle.dumps(prepare(pickle.loads(pickle.dumps(job)), info)))
+
+    def close(self):
+        pass
+
+
 class Client:
     """Drives an application without a socket; checks what every answer must have."""
 
-    def __init__(self, engine, config=None, **options):
+    def __init__(self, engine, config=None, texts=None, **options):
         self.engine = engine
-        self.app = create_app(engine, config or ServerConfig(), **options)
+        self.app = create_app(engine, config or ServerConfig(), texts or InlinePool(), **options)
         self.service = self.app.state.service
         self.runner = asyncio.Runner()
 
@@ -82,11 +95,11 @@ def events_of(text):
 class LoopbackServer:
     """The application on a real socket, in a thread."""
 
-    def __init__(self, engine, config=None, protocol=GuardedProtocol, callers=None, **options):
+    def __init__(self, engine, config=None, texts=None, protocol=GuardedProtocol, callers=None, **options):
         self.engine = engine
         config = config or ServerConfig()
         callers = callers or Callers(allowed_origins=config.allowed_origins, allowed_hosts=config.allowed_hosts)
-        self.app = create_app(engine, config, callers=callers, **options)
+        self.app = create_app(engine, config, texts or InlinePool(), callers=callers, **options)
         self.service = self.app.state.service
         self._listener = socket.create_server(("127.0.0.1", 0))
         self.port = self._listener.getsockname()[1]

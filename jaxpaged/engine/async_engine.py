@@ -57,10 +57,9 @@ class _Abort:
 
 @dataclasses.dataclass(frozen=True)
 class _ResetCache:
-    """Forget earlier prompts, one tenant's or all, and say so."""
+    """Forget all earlier prompts, and say so."""
 
     number: int
-    tenant: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -276,8 +275,8 @@ class AsyncEngine:
         """
         self._inbox.put(_Abort(request_id, index, reason))
 
-    async def reset_prefix_cache(self, tenant: str | None = None) -> None:
-        """Forgets the keys and values of earlier prompts, one tenant's or all; returns when that is done. Call from the loop's thread.
+    async def reset_prefix_cache(self) -> None:
+        """Forgets the keys and values of all earlier prompts; returns when that is done. Call from the loop's thread.
 
         Raises:
             EngineStopped: Not loaded yet, stopped or failed.
@@ -286,7 +285,7 @@ class AsyncEngine:
             raise EngineStopped(f"the engine is {self._state}")
         self._num_resets += 1
         done = self._resets[self._num_resets] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_ResetCache(self._num_resets, tenant))
+        self._inbox.put(_ResetCache(self._num_resets))
         await done
 
     async def drain(self, timeout_s: float) -> None:
@@ -396,11 +395,11 @@ class AsyncEngine:
         checked = True
         while not self._stopping.is_set():
             if engine.has_work:
-                news = self._take_in(engine, timeout_s=engine.wait_s)
+                news = self._take_in(engine, block=False, timeout_s=None)
                 events = (*news.events, *engine.step())
                 checked = False
             else:
-                news = self._take_in(engine, timeout_s=None if checked else _IDLE_CHECK_S)
+                news = self._take_in(engine, block=True, timeout_s=None if checked else _IDLE_CHECK_S)
                 events = news.events
                 if not (news.accepted or engine.has_work or checked):
                     engine.check()
@@ -408,15 +407,15 @@ class AsyncEngine:
             if events or news.accepted or news.refused or news.resets:
                 self._call(self._deliver, dataclasses.replace(news, events=events))
 
-    def _take_in(self, engine: Engine, *, timeout_s: float | None) -> _News:
-        """Empties the inbox into the engine; waits that long for the first thing in it, None for as long as it takes."""
+    def _take_in(self, engine: Engine, *, block: bool, timeout_s: float | None) -> _News:
+        """Empties the inbox into the engine."""
         accepted: list[str] = []
         refused: list[tuple[str, JaxpagedError]] = []
         events: list[TokenEvent] = []
         resets: list[int] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                match self._inbox.get(block=timeout_s != 0, timeout=timeout_s):
+                match self._inbox.get(block=block, timeout=timeout_s):
                     case _Submit(request):
                         try:
                             engine.add(request)
@@ -425,10 +424,10 @@ class AsyncEngine:
                             refused.append((request.id, error))
                     case _Abort(request_id, index, reason):
                         events += engine.abort(request_id, index, reason=reason)
-                    case _ResetCache(number, tenant):
-                        engine.reset_prefix_cache(tenant)
+                    case _ResetCache(number):
+                        engine.reset_prefix_cache()
                         resets.append(number)
-                timeout_s = 0
+                block = False
         return _News(tuple(accepted), tuple(refused), tuple(events), tuple(resets))
 
     def _set_state(self, state: EngineState, detail: str) -> None:

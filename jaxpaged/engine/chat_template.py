@@ -42,7 +42,7 @@ class ChatTemplate:
         """Returns the text of a conversation.
 
         Nothing bounds its time and memory: the source is the model's or the operator's, and the server renders in a process that it can
-        end (``server.text_worker``).
+        end (``server.text_pool``).
 
         Args:
             messages: At least one; keys that hold None count as absent.
@@ -66,6 +66,9 @@ class ChatTemplate:
                 continue_final_message=continue_final_message,
                 **{**self._special_tokens, **variables},
             )
+        except jinja2.TemplateSyntaxError as error:
+            reason = _shortened(f"line {error.lineno}: {error.message}")
+            raise RequestError(f"the chat template is not valid: {reason}", param="messages", code="invalid_chat_template") from error
         except (jinja2.TemplateError, ArithmeticError, LookupError, TypeError, ValueError, AttributeError, RecursionError) as error:
             reason = _shortened(str(error))
             raise RequestError(f"the chat template rejects these messages: {reason}", param="messages", code="invalid_messages") from error

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Sequence
 from typing import Any
 
 from fastapi import FastAPI
@@ -18,53 +18,39 @@ from jaxpaged.errors import JaxpagedError, RequestError
 from jaxpaged.server.answers import ClientGone, Problem, RequestTimedOut, describe, json_response
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import Gate, RequireKey
-from jaxpaged.server.keys import Keys, read_keys
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.openapi import describe_api
-from jaxpaged.server.protocol import (
-    DetokenizeCall,
-    GenerationCall,
-    TokenizeCall,
-    parse_chat,
-    parse_completion,
-    parse_detokenize,
-    parse_tokenize,
-    shown_names,
-)
+from jaxpaged.server.protocol import shown_names
 from jaxpaged.server.service import Service, explain
+from jaxpaged.server.text_pool import TextPool
 from jaxpaged.version import installed_version
 
 _READ = ["GET", "HEAD"]
 
 
 def create_app(
-    engine: AsyncEngine,
-    config: ServerConfig,
-    *,
-    names: Sequence[str] = (),
-    callers: Callers | None = None,
-    keys: Keys | None = None,
+    engine: AsyncEngine, config: ServerConfig, texts: TextPool, *, names: Sequence[str] = (), callers: Callers | None = None
 ) -> FastAPI:
     """Makes the ASGI application.
 
     Args:
         engine: Started by the caller; while it loads, only the health routes and /metrics answer with 200.
         config: Keys, limits, names.
+        texts: Prepares calls; closed with ``app.state.service``.
         names: Names of the model; default: ``config.served_model_name``, then the model's own.
         callers: Who may call through a browser; default: the pages that ``config`` allows.
-        keys: The keys that are valid; default: those that ``config`` names.
 
     Returns:
         The application; ``app.state.service`` holds the calls in flight.
     """
-    service = Service(engine, config, names=config.served_model_name or names, version=installed_version())
-    keys = read_keys(config) if keys is None else keys
-    routes = Routes(service, needs_key=bool(keys))
+    service = Service(engine, config, texts, names=config.served_model_name or names, version=installed_version())
+    routes = Routes(service)
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, routes=routes.table())
     app.state.service = service
     for kind in (JaxpagedError, RequestTimedOut, ClientGone):
         app.add_exception_handler(kind, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
+    keys = tuple(key for key in config.api_key if key)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     app.add_middleware(Gate, callers=callers or Callers(allowed_origins=config.allowed_origins, allowed_hosts=config.allowed_hosts))
@@ -72,27 +58,21 @@ def create_app(
 
 
 class Routes:
-    """The handlers, bound to one service.
+    """The handlers, bound to one service."""
 
-    Args:
-        service: What they call.
-        needs_key: Whether the server wants a bearer token.
-    """
-
-    def __init__(self, service: Service, *, needs_key: bool) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._needs_key = needs_key
         self._metrics = Metrics(service, service.config.metrics_prefix)
 
     def table(self) -> list[BaseRoute]:
         """Returns every route there is."""
         return [
-            Route("/v1/chat/completions", _Generate(self._service, parse_chat), methods=["POST"]),
-            Route("/v1/completions", _Generate(self._service, parse_completion), methods=["POST"]),
+            Route("/v1/chat/completions", _Generate(self._service), methods=["POST"]),
+            Route("/v1/completions", _Generate(self._service), methods=["POST"]),
             Route("/v1/models", self.models, methods=_READ),
             Route("/v1/models/{model:path}", self.model, methods=_READ),
-            Route("/tokenize", self.tokenize, methods=["POST"]),
-            Route("/detokenize", self.detokenize, methods=["POST"]),
+            Route("/tokenize", self.answer, methods=["POST"]),
+            Route("/detokenize", self.answer, methods=["POST"]),
             Route("/reset_prefix_cache", self.reset_prefix_cache, methods=["POST"]),
             Route("/livez", self.livez, methods=_READ),
             Route("/readyz", self.health, methods=_READ),
@@ -128,24 +108,18 @@ class Routes:
             "max_model_len": info.max_model_len,
         }
 
-    async def tokenize(self, request: Request) -> Response:
-        """Turns text into ids."""
-        call: TokenizeCall = await self._service.read(request.scope, request.receive, parse_tokenize)
-        answer = await self._service.tokenize(call)
-        return json_response(answer, headers=_ignored(self._service.ignored(call, self._service.info())))
-
-    async def detokenize(self, request: Request) -> Response:
-        """Turns ids into text."""
-        call: DetokenizeCall = await self._service.read(request.scope, request.receive, parse_detokenize)
-        return json_response(await self._service.detokenize(call), headers=_ignored(call.ignored))
+    async def answer(self, request: Request) -> Response:
+        """Turns text into ids, or ids into text."""
+        prepared = await self._service.answer(request.scope, request.receive)
+        ignored = prepared.call.ignored
+        headers = {"x-jaxpaged-ignored-fields": shown_names(ignored)} if ignored else {}
+        return Response(prepared.body, headers=headers, media_type="application/json")
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        """Forgets the keys and values of earlier prompts: of those with the same API key, or everybody's if it is an admin's."""
+        """Forgets the keys and values of all earlier prompts, everybody's."""
         self._service.info()
-        state = request.scope["state"]
-        tenant = None if state.get("admin") else state.get("tenant", "")
-        await self._service.engine.reset_prefix_cache(tenant)
-        return json_response({"status": "ok", "reset": "own" if tenant else "all"})
+        await self._service.engine.reset_prefix_cache()
+        return json_response({"status": "ok"})
 
     async def livez(self, request: Request) -> Response:
         """Says that the event loop turns."""
@@ -180,22 +154,17 @@ class Routes:
     async def openapi(self, request: Request) -> Response:
         """Describes this API."""
         config = self._service.config
-        return json_response(describe_api(version=self._service.version, needs_key=self._needs_key, root_path=config.root_path))
+        return json_response(describe_api(version=self._service.version, needs_key=bool(config.api_key), root_path=config.root_path))
 
 
 class _Generate:
     """A generation route, as an ASGI application: it sees the client go away, from the body to the last event."""
 
-    def __init__(self, service: Service, parse: Callable[[dict[str, Any]], GenerationCall]) -> None:
+    def __init__(self, service: Service) -> None:
         self._service = service
-        self._parse = parse
 
     def __call__(self, scope: Scope, receive: Receive, send: Send) -> Awaitable[None]:
-        return self._service.generate(self._parse, scope, receive, send)
-
-
-def _ignored(names: Sequence[str]) -> dict[str, str]:
-    return {"x-jaxpaged-ignored-fields": shown_names(names)} if names else {}
+        return self._service.generate(scope, receive, send)
 
 
 async def _answer_problem(request: Request, error: Exception) -> Response:

@@ -7,6 +7,7 @@ again, and can be driven into deep recursion. Each of these has taken a server d
 from __future__ import annotations
 
 import asyncio
+import collections
 import contextlib
 import json
 import math
@@ -25,10 +26,11 @@ MAX_DEPTH = 32
 MAX_NUMBER_DIGITS = 400
 """Longest run of digits in a number; beyond it Python's conversion is quadratic or refuses."""
 
-BODY_IDLE_S = 30.0
-"""Seconds a client may take for the body, and once more for every ``BODY_IDLE_BYTES`` that came."""
+BODY_S = 60.0
+"""Seconds a client may take for the body."""
 
-BODY_IDLE_BYTES = 300_000
+OWNERS = 4
+"""Who has a key, or an address, of his own gets no more than this part of the bodies that are held at once."""
 
 _STRING = re.compile(rb'"(?:[^"\\]++|\\.)*+"?', re.DOTALL)
 _NOT_A_BRACKET = bytes(byte for byte in range(256) if byte not in b"[]{}")
@@ -39,34 +41,50 @@ _SURROGATE_ESCAPE = re.compile(rb"\\u[dD][89a-fA-F]")
 class BodyBudget:
     """How many bytes of bodies the server holds at once, over all connections.
 
+    Small bodies always pass, and nobody who sends large ones can keep others from sending theirs.
+
     Args:
-        max_bytes: Most of them; beyond it further bodies are refused until others have been parsed.
+        max_bytes: Most of them; beyond it further bodies are refused until others have been prepared. One owner gets a quarter.
+        free_bytes: The first bytes of every body, which are not counted.
     """
 
-    def __init__(self, max_bytes: int) -> None:
+    def __init__(self, max_bytes: int, *, free_bytes: int = 0) -> None:
         self._max_bytes = max_bytes
-        self._held = 0
+        self._free_bytes = free_bytes
+        self._held: collections.Counter[str] = collections.Counter()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes that are counted now."""
+        return self._held.total()
 
     @contextlib.contextmanager
-    def account(self) -> Iterator[Callable[[int], None]]:
+    def account(self, owner: str) -> Iterator[Callable[[int], None]]:
         """Yields a function that takes bytes from the budget; all are given back at the end.
 
+        Args:
+            owner: Whose body it is.
+
         Raises:
-            QueueFull: From that function, when the budget is spent.
+            QueueFull: From that function, when the budget, or the owner's part of it, is spent.
         """
-        own = 0
+        size = own = 0
 
         def take(count: int) -> None:
-            nonlocal own
-            if self._held + count > self._max_bytes:
+            nonlocal size, own
+            size += count
+            more = max(0, size - self._free_bytes) - own
+            if more and (self.held_bytes + more > self._max_bytes or self._held[owner] + more > self._max_bytes // OWNERS):
                 raise QueueFull("too many large requests are arriving; try again later", retry_after_s=1)
-            own += count
-            self._held += count
+            own += more
+            self._held[owner] += more
 
         try:
             yield take
         finally:
-            self._held -= own
+            self._held[owner] -= own
+            if not self._held[owner]:
+                del self._held[owner]
 
 
 async def read_body(scope: Scope, receive: Receive, max_bytes: int, take: Callable[[int], None]) -> bytes:
@@ -89,10 +107,8 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, take: Callab
     if not declared.isdigit() or len(declared) > 20 or int(declared) > max_bytes:
         raise _too_large(max_bytes)
     body = bytearray()
-    loop = asyncio.get_running_loop()
     try:
-        async with asyncio.timeout(BODY_IDLE_S) as patience:
-            start = loop.time()
+        async with asyncio.timeout(BODY_S):
             more = True
             while more:
                 message = await receive()
@@ -103,7 +119,6 @@ async def read_body(scope: Scope, receive: Receive, max_bytes: int, take: Callab
                 more = message.get("more_body", False)
                 if len(body) > max_bytes:
                     raise _too_large(max_bytes)
-                patience.reschedule(start + BODY_IDLE_S * (1 + len(body) / BODY_IDLE_BYTES))
     except TimeoutError:
         raise RequestError("the request body did not arrive in time", code="request_timeout", status=408) from None
     return bytes(body)

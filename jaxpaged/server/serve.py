@@ -34,10 +34,10 @@ from jaxpaged.errors import ConfigError, EngineStopped
 from jaxpaged.server.app import create_app
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
-from jaxpaged.server.keys import read_keys
 from jaxpaged.server.listen import BACKLOG, bind, is_loopback, url_of
 from jaxpaged.server.logs import QueuedHandler, logging_to
 from jaxpaged.server.service import Service
+from jaxpaged.server.text_pool import ProcessPool
 
 logger = logging.getLogger(__name__)
 
@@ -69,34 +69,34 @@ def run(
         ConfigError: The port is taken, a file cannot be read, or the model cannot be loaded; exit code 2.
     """
     _check_tls(server_config)
-    keys = read_keys(server_config)
     listener = bind(server_config)
     local = is_loopback(listener)
+    keyed = any(server_config.api_key)
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
         for note in notes:
             logger.info("%s", note)
         callers = Callers(
-            local_only=local and not keys,
+            local_only=local and not keyed,
             allowed_origins=server_config.allowed_origins,
             # No page can name a UNIX socket; what forwards requests to one may call it as it likes.
             allowed_hosts=server_config.allowed_hosts or (("*",) if server_config.uds is not None else ()),
         )
-        if not local and not keys:
+        if not local and not keyed:
             logger.warning(
                 "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
                 server_config.host,
             )
-        for name, path in (("TLS key", server_config.ssl_keyfile), ("file of API keys", server_config.api_key_file)):
-            if path is not None and Path(path).stat().st_mode & 0o077:
-                logger.warning("the %s can be read by other users of this machine; chmod 600 it", name)
+        if server_config.ssl_keyfile and Path(server_config.ssl_keyfile).stat().st_mode & 0o077:
+            logger.warning("the TLS key can be read by other users of this machine; chmod 600 it")
         progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
         engine = (make_engine or _make_engine)(engine_config, progress)
-        app = create_app(engine, server_config, names=_names(engine_config), callers=callers, keys=keys)
+        texts = ProcessPool()
+        stack.callback(texts.close)
+        app = create_app(engine, server_config, texts, names=_names(engine_config), callers=callers)
         http = _http(app, server_config, callers)
-        stack.callback(app.state.service.close)
-        life = _Life(engine, app.state.service, http, url_of(listener, server_config), needs_key=bool(keys))
+        life = _Life(engine, app.state.service, texts, http, url_of(listener, server_config))
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
             code = runner.run(life.live(listener))
         _leave(life, log, code)
@@ -121,20 +121,20 @@ class _Life:
     Args:
         engine: Not started yet.
         service: The routes' side of it.
+        texts: Prepares calls; not loaded yet.
         http: Not started yet.
         url: For the ready line.
-        needs_key: Likewise.
 
     Attributes:
         engine_stopped: Whether the engine's thread has ended.
     """
 
-    def __init__(self, engine: AsyncEngine, service: Service, http: _Http, url: str, *, needs_key: bool) -> None:
+    def __init__(self, engine: AsyncEngine, service: Service, texts: ProcessPool, http: _Http, url: str) -> None:
         self._engine = engine
         self._service = service
+        self._texts = texts
         self._http = http
         self._url = url
-        self._needs_key = needs_key
         self._signals = 0
         self._signalled = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -183,8 +183,8 @@ class _Life:
             self._hurried.set()
 
     async def _until_ready(self) -> bool:
-        """Waits for the engine, or for a signal; returns whether the engine is ready."""
-        ready = asyncio.create_task(self._engine.wait_ready())
+        """Waits for the engine, or for a signal; returns whether the server is ready."""
+        ready = asyncio.create_task(self._load())
         signalled = asyncio.create_task(self._signalled.wait())
         try:
             await asyncio.wait({ready, signalled}, return_when=asyncio.FIRST_COMPLETED)
@@ -198,6 +198,10 @@ class _Life:
         finally:
             ready.cancel()
             signalled.cancel()
+
+    async def _load(self) -> None:
+        """Waits for the engine and gives the text processes its tokenizer."""
+        await self._texts.load(await self._engine.wait_ready())
 
     async def _until_end(self) -> int:
         """Waits for a signal or the engine's death; returns the exit code."""
@@ -233,7 +237,7 @@ class _Life:
         name = self._service.names(info)[0]
         logger.info("ready     %s  (/v1 OpenAI · /health · /metrics)  in %.1f s", self._url, seconds)
         config = self._service.config
-        key = ' -H "Authorization: Bearer $API_KEY"' if self._needs_key else ""
+        key = ' -H "Authorization: Bearer $API_KEY"' if any(config.api_key) else ""
         where = f"--unix-socket {config.uds} http://localhost" if config.uds else self._url
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a page?"}], "stream": True})
         logger.info("try       curl -N %s/v1/chat/completions -H 'Content-Type: application/json'%s -d '%s'", where, key, body)

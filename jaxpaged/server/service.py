@@ -4,52 +4,33 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import functools
 import logging
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from collections.abc import Sequence
 
 from starlette.types import Receive, Scope, Send
 
 from jaxpaged.config import ServerConfig
-from jaxpaged.engine.admission import make_params, make_request
 from jaxpaged.engine.async_engine import AsyncEngine
-from jaxpaged.engine.output import PromptText
 from jaxpaged.engine.status import EngineInfo, EngineStatus
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.request import Request
+from jaxpaged.scheduling.request import Request, SamplingParams
 from jaxpaged.server.answers import ClientGone, RequestTimedOut, Unavailable
-from jaxpaged.server.body import BodyBudget, parse_json_object, read_body
+from jaxpaged.server.body import BodyBudget, read_body
 from jaxpaged.server.calls import Calls
 from jaxpaged.server.generate import Generation
-from jaxpaged.server.protocol import (
-    DetokenizeCall,
-    GenerationCall,
-    Message,
-    Prompt,
-    TokenizeCall,
-    shown_names,
-)
+from jaxpaged.server.prepare import Job, Prepared, PreparedAnswer, PreparedGeneration, needs_text, parse, prepare
+from jaxpaged.server.protocol import GenerationCall, shown_names
 from jaxpaged.server.render import Choice, Label, Renderer
+from jaxpaged.server.text_pool import SMALL_BODY_BYTES, TextPool
 
 logger = logging.getLogger(__name__)
 
-_T = TypeVar("_T")
-
-BYTES_PER_TOKEN = 16
-"""A prompt with more bytes than this per token of the context is refused before it is tokenised."""
-
-DEFAULT_COMPLETION_TOKENS = 16
-"""``max_tokens`` of a completion that names none, as in OpenAI's API."""
-
-SMALL_BODY_BYTES = 32 * 1024
-"""Bodies up to this size are parsed in the event loop; larger ones in a thread."""
-
-
 BODIES_HELD = 64
-"""Bodies of the largest allowed size that are held at once while they arrive and are parsed."""
+"""Bodies of the largest allowed size that are held at once while they arrive and are prepared."""
+
+IDS_AT_A_TIME = 2**18
+"""Token ids that are unpacked before the event loop turns again."""
 
 
 class Service:
@@ -58,6 +39,7 @@ class Service:
     Args:
         engine: Loaded or not.
         config: Of the server.
+        texts: Prepares calls.
         names: Names of the model that clients may use; default: the model's own.
         version: Of this program.
 
@@ -65,15 +47,15 @@ class Service:
         calls: The generation calls in flight.
     """
 
-    def __init__(self, engine: AsyncEngine, config: ServerConfig, *, names: Sequence[str] = (), version: str = "") -> None:
+    def __init__(self, engine: AsyncEngine, config: ServerConfig, texts: TextPool, *, names: Sequence[str] = (), version: str = "") -> None:
         self.engine = engine
         self.config = config
         self.calls = Calls()
         self.version = version
         self.created = int(time.time())
         self._names = tuple(names)
-        self._bodies = BodyBudget(BODIES_HELD * config.max_body_bytes)
-        self._threads = ThreadPoolExecutor(max_workers=2, thread_name_prefix="jaxpaged-text")
+        self._bodies = BodyBudget(BODIES_HELD * config.max_body_bytes, free_bytes=SMALL_BODY_BYTES)
+        self._texts = texts
 
     # ------------------------------------------------------------------------------------------------------- about itself
 
@@ -116,53 +98,43 @@ class Service:
 
     # ------------------------------------------------------------------------------------------------------------- input
 
-    async def read(self, scope: Scope, receive: Receive, parse: Callable[[dict[str, Any]], _T]) -> _T:
-        """Reads and checks a body.
+    async def prepare(self, scope: Scope, receive: Receive) -> Prepared:
+        """Reads a body and makes of it what its route needs. Small ones without text are prepared at once, the others elsewhere.
 
         Raises:
             RequestError: It is too large, not JSON, or a field does not fit.
+            QueueFull: Too many large bodies are arriving.
         """
-        with self._bodies.account() as take:
+        path, state, owner = scope["path"], scope["state"], _owner(scope)
+        with self._bodies.account(owner) as take:
             raw = await read_body(scope, receive, self.config.max_body_bytes, take)
+            job = Job(path=path, body=raw, request_id=state["request_id"], tenant=state.get("tenant", ""))
             if len(raw) <= SMALL_BODY_BYTES:
-                return parse(parse_json_object(raw))
-            return await self.in_thread(lambda: parse(parse_json_object(raw)))
+                call = parse(path, raw)
+                info = self.info()
+                self.check_model(call.model, info)
+                job = dataclasses.replace(job, body=call)
+                if not needs_text(call):
+                    return prepare(job, info)
+            info = self.info()
+            prepared = await self._texts.run(job, info, size=len(raw), owner=owner)
+            self.check_model(prepared.call.model, info)
+            return prepared
+
+    async def answer(self, scope: Scope, receive: Receive) -> PreparedAnswer:
+        """Answers POST /tokenize and /detokenize, which need no engine."""
+        prepared = await self.prepare(scope, receive)
+        if not isinstance(prepared, PreparedAnswer):
+            raise TypeError(f"{scope['path']} is answered by the engine")
+        return prepared
 
     def close(self) -> None:
-        """Gives up the threads; what they still do is of no use to anybody."""
-        self._threads.shutdown(wait=False, cancel_futures=True)
-
-    async def in_thread(self, work: Callable[[], _T]) -> _T:
-        """Runs something that would keep the event loop busy."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
-
-    def ignored(self, call: GenerationCall | TokenizeCall, info: EngineInfo) -> tuple[str, ...]:
-        """Returns the names of what had no effect in a call: fields that nobody defines, variables that the template does not name."""
-        unread = (name for name in call.chat_template_kwargs if not info.tokenizer.template_reads(name))
-        return (*call.ignored, *(f"chat_template_kwargs.{name}" for name in unread))
-
-    async def tokenize(self, call: TokenizeCall) -> dict[str, Any]:
-        """Answers POST /tokenize."""
-        info = self.info()
-        self.check_model(call.model, info)
-        _check_bytes(call.prompt if call.messages is None else call.messages, info)
-        ids = await self.in_thread(functools.partial(_encode, call.prompt, call.messages, call, info))
-        strings = [info.tokenizer.token_text(token_id) for token_id in ids] if call.return_token_strs else None
-        return {"count": len(ids), "max_model_len": info.max_model_len, "tokens": ids, "token_strs": strings}
-
-    async def detokenize(self, call: DetokenizeCall) -> dict[str, Any]:
-        """Answers POST /detokenize."""
-        info = self.info()
-        self.check_model(call.model, info)
-        vocab = info.model_config.vocab_size
-        if any(token_id >= vocab for token_id in call.tokens):
-            raise RequestError(f"tokens must hold ids in [0, {vocab - 1}]; got {max(call.tokens)}", param="tokens")
-        text = await self.in_thread(functools.partial(info.tokenizer.decode, call.tokens, skip_special_tokens=False))
-        return {"prompt": text}
+        """Gives up what is being prepared; it is of no use to anybody."""
+        self._texts.close()
 
     # -------------------------------------------------------------------------------------------------------- generation
 
-    async def generate(self, parse: Callable[[dict[str, Any]], GenerationCall], scope: Scope, receive: Receive, send: Send) -> None:
+    async def generate(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answers one generation call from its body to its last byte.
 
         Raises:
@@ -172,14 +144,15 @@ class Service:
         with self.calls.track(request_id) as call:
             try:
                 async with call.limit(self.config.request_timeout):
-                    asked = await self.read(scope, receive, parse)
+                    prepared = await self.prepare(scope, receive)
+                    if not isinstance(prepared, PreparedGeneration):
+                        raise TypeError(f"{scope['path']} is no generation")
+                    requests, choices = await _complete(prepared)
                     info = self.info()
-                    name = self.check_model(asked.model, info)
-                    requests, choices = await self._admit(asked, info, request_id, scope["state"].get("tenant", ""))
             except ClientGone:
                 return
-            ignored = self.ignored(asked, info)
-            headers = [(b"x-jaxpaged-ignored-fields", shown_names(ignored).encode())] if ignored else []
+            asked = prepared.call
+            headers = [(b"x-jaxpaged-ignored-fields", shown_names(asked.ignored).encode())] if asked.ignored else []
             include_usage = asked.include_usage or (asked.stream and self.config.enable_force_include_usage)
             asked = dataclasses.replace(asked, include_usage=include_usage)
             answer = Generation(
@@ -188,7 +161,7 @@ class Service:
                 asked,
                 requests,
                 choices,
-                self._renderer(asked, name, request_id),
+                self._renderer(asked, prepared.params, self.check_model(asked.model, info), request_id),
                 call,
                 timeout_s=_left(self.config.request_timeout, call.started_s),
                 headers=headers,
@@ -197,14 +170,7 @@ class Service:
             if self.config.log_requests:
                 logger.info("%s", answer.summary())
 
-    async def _admit(self, asked: GenerationCall, info: EngineInfo, request_id: str, tenant: str) -> tuple[list[Request], list[Choice]]:
-        """Tokenises the prompts and checks them against the model."""
-        _check_bytes(asked.messages if asked.is_chat else asked.prompts, info)
-        if all(isinstance(prompt, tuple) for prompt in asked.prompts) and not asked.is_chat:
-            return _make_requests(asked, info, request_id, tenant)
-        return await self.in_thread(functools.partial(_make_requests, asked, info, request_id, tenant))
-
-    def _renderer(self, asked: GenerationCall, name: str, request_id: str) -> Renderer:
+    def _renderer(self, asked: GenerationCall, params: SamplingParams, name: str, request_id: str) -> Renderer:
         label = Label(
             id=f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{request_id}",
             created=int(time.time()),
@@ -214,7 +180,7 @@ class Service:
         return Renderer(
             label=label,
             chat=asked.is_chat,
-            want_logprobs=asked.sampling.get("logprobs") is not None,
+            want_logprobs=params.logprobs is not None,
             want_prompt_logprobs=asked.want_prompt_logprobs,
             want_token_ids=asked.return_token_ids,
             want_usage=asked.include_usage,
@@ -246,59 +212,24 @@ def _left(timeout_s: float | None, started_s: float) -> float | None:
     return left
 
 
-def _check_bytes(content: Sequence[Message] | Sequence[Prompt] | str | None, info: EngineInfo) -> None:
-    """Refuses text that cannot fit the context before any work is spent on it."""
-    most = BYTES_PER_TOKEN * info.max_model_len
-    texts: Sequence[Any] = [content] if isinstance(content, str) else content or ()
-    chat = [text["content"] for text in texts if isinstance(text, dict)]
-    sizes = [sum(len(text.encode()) for text in chat)] if chat else [len(text.encode()) for text in texts if isinstance(text, str)]
-    if any(size > most for size in sizes):
-        raise RequestError(
-            f"the prompt has {max(sizes)} bytes of text, which cannot fit the model's context length of {info.max_model_len} tokens",
-            param="messages" if chat else "prompt",
-            code="context_length_exceeded",
-        )
+def _owner(scope: Scope) -> str:
+    """Returns whose large bodies count together: those of a key, or of an address."""
+    client = scope.get("client")
+    return scope["state"].get("tenant") or (client[0] if client else "")
 
 
-def _encode(prompt: Prompt | None, messages: Sequence[Message] | None, call: GenerationCall | TokenizeCall, info: EngineInfo) -> list[int]:
-    if isinstance(prompt, tuple):
-        return list(prompt)
-    if prompt is not None:
-        return info.tokenizer.encode(prompt, add_special_tokens=call.add_special_tokens)
-    return info.tokenizer.apply_chat_template(
-        messages or (),
-        add_generation_prompt=call.add_generation_prompt,
-        continue_final_message=call.continue_final_message,
-        tools=call.tools,
-        template_kwargs=call.chat_template_kwargs,
-    )
-
-
-def _make_requests(asked: GenerationCall, info: EngineInfo, request_id: str, tenant: str) -> tuple[list[Request], list[Choice]]:
-    params = make_params(asked.sampling, info)
-    requests, choices = [], []
-    for i, prompt in enumerate(asked.prompts or (None,)):
-        ids = _encode(prompt, asked.messages, asked, info)
-        request = make_request(
-            ids,
-            params,
-            info,
-            request_id=f"{request_id}-{i}",
-            prompt_param=asked.prompt_param,
-            tenant=tenant,
-            default_max_tokens=None if asked.is_chat else DEFAULT_COMPLETION_TOKENS,
-        )
-        requests.append(request)
-        echo = _echo(prompt, asked, request, len(ids), info) if asked.echo else None
-        first = info.tokenizer.token_text(request.prompt[0]) if asked.echo else ""
-        for sample in range(params.n):
-            choice = Choice(index=i * params.n + sample, prompt_token_ids=request.prompt, echo=echo, first_token=first)
+async def _complete(prepared: PreparedGeneration) -> tuple[list[Request], list[Choice]]:
+    """Returns the requests with their prompts, and the choices of the answer."""
+    requests, choices, count = [], [], 0
+    for i, prompt in enumerate(prepared.prompts):
+        token_ids = tuple(prompt.token_ids)
+        count += len(token_ids)
+        if count >= IDS_AT_A_TIME:
+            await asyncio.sleep(0)
+            count = 0
+        requests.append(dataclasses.replace(prompt.request, prompt=token_ids))
+        for sample in range(prepared.params.n):
+            choice = Choice(index=i * prepared.params.n + sample, prompt_token_ids=token_ids, prompt_text=prompt.text)
+            choice.prompt_first = prompt.first
             choices.append(choice)
     return requests, choices
-
-
-def _echo(prompt: Prompt | None, asked: GenerationCall, request: Request, num_ids: int, info: EngineInfo) -> PromptText:
-    """Returns the prompt as it is repeated: without what the tokenizer itself has put around a text, and without what was cut off."""
-    before, behind = info.tokenizer.num_added() if isinstance(prompt, str) and asked.add_special_tokens else (0, 0)
-    cut = num_ids - len(request.prompt)
-    return PromptText.decode(request.prompt, info.tokenizer, added=(max(0, before - cut), behind))

@@ -206,7 +206,6 @@ def test_another_model_does_not_exist(shared_client, name):
         ("/tokenize", {"prompt": ["x"]}, "prompt"),
         ("/tokenize", {"prompt": 5}, "prompt"),
         ("/tokenize", {"messages": []}, "messages"),
-        ("/tokenize", {"prompt": "x" * 100_000}, "prompt"),
         ("/tokenize", {"messages": CHAT["messages"], "tools": [{}]}, "tools[0]"),
         ("/tokenize", {"messages": CHAT["messages"], "chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
         ("/tokenize", {"messages": [{"role": "assistant", "tool_calls": [CALL]}]}, "messages[0].tool_calls"),

@@ -1,5 +1,6 @@
 """The raw bytes of a body: whatever they are, an object or a 400."""
 
+import contextlib
 import gc
 import json
 import time
@@ -8,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from jaxpaged.errors import RequestError
-from jaxpaged.server.body import MAX_DEPTH, parse_json_object
+from jaxpaged.errors import QueueFull, RequestError
+from jaxpaged.server.body import MAX_DEPTH, OWNERS, BodyBudget, parse_json_object
 
 REFUSED = {
     "empty": (b"", "invalid_json"),
@@ -111,7 +112,7 @@ def test_time_is_linear(piece):
     def seconds(count):
         raw = b'{"a": "' + piece * count if piece in (b'\\"', b"\\") else b'{"a": [' + piece * count
         best = 9.0
-        for _ in range(3):
+        for _ in range(7):
             gc.collect()
             gc.disable()  # its passes over a growing heap are not ours to measure
             began = time.thread_time()
@@ -123,3 +124,27 @@ def test_time_is_linear(piece):
 
     count = 200_000 // len(piece)
     assert seconds(4 * count) < 12 * max(seconds(count), 1e-3)
+
+
+def test_the_budget_of_bodies_is_shared_by_owners():
+    budget = BodyBudget(400, free_bytes=10)
+    with contextlib.ExitStack() as stack:
+        takes = {owner: stack.enter_context(budget.account(owner)) for owner in "abcde"}
+        takes["a"](60)
+        takes["a"](50)
+        assert budget.held_bytes == 100  # the first ten are free
+        with pytest.raises(QueueFull):
+            takes["a"](1)
+        another = stack.enter_context(budget.account("a"))
+        another(10)
+        with pytest.raises(QueueFull):
+            another(1)
+        for owner in "bcd":
+            takes[owner](110)
+        assert budget.held_bytes == 400 == 100 * OWNERS
+        with pytest.raises(QueueFull):
+            takes["e"](11)
+        stack.enter_context(budget.account("e"))(10)
+    assert budget.held_bytes == 0
+    with budget.account("a") as take:
+        take(110)

@@ -3,6 +3,7 @@
 import contextlib
 import json
 import re
+import select
 import socket
 import struct
 import threading
@@ -18,6 +19,7 @@ from jaxpaged.server import body as body_module
 from jaxpaged.server import service as service_module
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
+from jaxpaged.server.text_pool import SMALL_BODY_BYTES
 
 BODY = b'{"model":"echo","prompt":"ok","max_tokens":2}'
 HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\n"
@@ -201,7 +203,7 @@ def test_a_slow_head_behind_a_running_answer_does_not_cut_it(make_server):
 
 
 def test_a_slow_body_is_408(make_server, monkeypatch):
-    monkeypatch.setattr(body_module, "BODY_IDLE_S", 0.4)
+    monkeypatch.setattr(body_module, "BODY_S", 0.4)
     server = make_server()
     received = exchange(server, HEAD + b"Content-Length: 45\r\n\r\n" + BODY[:10])
     assert status_of(received) == 408
@@ -225,20 +227,33 @@ def test_a_large_body_is_refused_while_it_comes_in(make_server):
     assert httpx.get(server.url + "/version").status_code == 200
 
 
-def test_bodies_of_all_clients_together_are_bounded(make_server, monkeypatch):
-    monkeypatch.setattr(service_module, "BODIES_HELD", 2)
-    server = make_server(config=ServerConfig(max_body_bytes=10_000))
-    part = HEAD + b"Content-Length: 9000\r\n\r\n" + b" " * 8000
+def test_large_bodies_of_one_client_are_bounded_and_small_ones_pass(make_server, monkeypatch):
+    monkeypatch.setattr(service_module, "BODIES_HELD", 8)
+    server = make_server(config=ServerConfig(max_body_bytes=200_000))
+    part = HEAD + b"Content-Length: 180000\r\n\r\n" + b" " * 179_000
     with server.connect() as first, server.connect() as second, server.connect() as third:
         for connection in (first, second):
             connection.sendall(part)
-        until(lambda: server.service._bodies._held == 16_000)
+        until(lambda: server.service._bodies.held_bytes == 2 * (179_000 - SMALL_BODY_BYTES))
         third.sendall(part)
         assert status_of(read_answer(third)) == 429
+        assert httpx.post(server.url + "/v1/completions", json=json.loads(BODY)).status_code == 200
         for connection in (first, second):
             connection.sendall(b" " * 955 + BODY)
             assert status_of(read_answer(connection)) == 200
-    assert server.service._bodies._held == 0
+    until(lambda: server.service._bodies.held_bytes == 0)
+
+
+def test_a_drip_of_bytes_does_not_prolong_a_body(server, monkeypatch):
+    monkeypatch.setattr(body_module, "BODY_S", 1.0)
+    with server.connect() as connection:
+        connection.sendall(HEAD + b"Content-Length: 100000\r\n\r\n")
+        began = time.monotonic()
+        with contextlib.suppress(ConnectionError):
+            while time.monotonic() - began < 8 and not select.select([connection], [], [], 0.1)[0]:
+                connection.sendall(b" " * 100)
+        assert status_of(read_answer(connection)) == 408
+        assert time.monotonic() - began < 6
 
 
 def send_generation(connection, **fields):
@@ -510,7 +525,7 @@ def test_a_client_that_goes_away_ends_the_request_in_front_of_the_one_it_sent_la
     server.engine.gate.clear()
     with server.connect() as connection:
         connection.sendall(post(b"/v1/completions", **first) + post(b"/v1/completions"))
-        until(lambda: server.engine.running)
+        until(lambda: server.engine.running and server.engine.loop)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     server.engine.loop.call_soon_threadsafe(server.engine.gate.set)
     until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
