@@ -31,16 +31,17 @@ class Candidates(NamedTuple):
     scores: Float[Array, "S 20"]
 
 
-def beam_candidates(top_ids: Int[Array, "S 20"], top_logprobs: Float[Array, "S 20"], inputs: StepInputs) -> Candidates:
+def beam_candidates(top_ids: Int[Array, "S W"], top_logprobs: Float[Array, "S W"], inputs: StepInputs) -> Candidates:
     """Returns the candidates of the rows with RowFlag.BEAM; costs nothing if there are none.
 
     Args:
-        top_ids: The most likely tokens of each row, best first; -1 past the vocabulary's end. As ``sampling.sampled_logprobs``
+        top_ids: The most likely tokens of each row, best first, at least 20; -1 past the vocabulary's end. As ``sampling.sampled_logprobs``
             finds them for rows with RowFlag.LOGPROBS, which rows with RowFlag.BEAM must carry too.
         top_logprobs: Their log-probabilities in the model's own distribution.
         inputs: The step's flags, ``beam_index`` and ``beam_score``.
     """
     beams = has_flag(inputs.flags, RowFlag.BEAM)
+    top_ids, top_logprobs = top_ids[:, :TOP_LOGPROBS], top_logprobs[:, :TOP_LOGPROBS]
     return lax.cond(jnp.any(beams), lambda: _find(top_ids, top_logprobs, inputs, beams), lambda: _nothing(inputs.num_rows))
 
 

@@ -33,6 +33,9 @@ ENV_PREFIX = "JAXPAGED_"
 TINY_MODEL = Path(__file__).parent / "assets" / "tiny"
 """Directory of the packaged demonstration model."""
 
+MAX_LOGPROBS = 256
+"""Most log-probabilities per position that an engine can be told to tell; docs/sampling.md says what they cost."""
+
 
 def option(default: Any, help: str, *, aliases: tuple[str, ...] = (), low: float | None = None, high: float | None = None) -> Any:
     """Declares one option: its default, its meaning with unit, other spellings, and inclusive bounds of its value."""
@@ -160,7 +163,12 @@ class EngineConfig:
     chat_template: str | None = option(None, "file with a Jinja chat template; default: the tokenizer's")
     generation_config: Literal["auto", "vllm"] = option("auto", "auto: default sampling values from generation_config.json; vllm: none")
     seed: int = option(0, "of dummy weights, and of the seeds of requests that bring none", low=-(2**63), high=2**63 - 1)
-    max_logprobs: int = option(20, "most log-probabilities a request may ask for per position", low=0, high=20)
+    max_logprobs: int = option(
+        20,
+        "most log-probabilities a request may ask for per position; above 20 each step that tells some takes longer",
+        low=0,
+        high=MAX_LOGPROBS,
+    )
     attention_backend: Literal["auto", "xla", "mosaic_gpu", "triton", "tpu"] = option(
         "auto", "implementation of paged attention; auto: mosaic_gpu on Hopper, triton on other GPUs, tpu on a TPU, xla on a CPU"
     )

@@ -12,12 +12,13 @@ What is as wide as the vocabulary lies in blocks ``[S, B, W]``, W = 128, from th
 whole ones. A TPU's compiler takes seconds for every sort, wide gather and change of layout, in each of the step's programs, so
 there is none here, and a loop serves twice where it can.
 
-Letters: S rows, T tokens, M slots, V vocabulary, E model dimension.
+Letters: S rows, T tokens, M slots, V vocabulary, E model dimension, W most likely tokens whose log-probabilities are told.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import jax
@@ -46,14 +47,14 @@ class Logprobs(NamedTuple):
     Attributes:
         logprobs: float32 [R]; -inf where the logit is -inf or the row holds NaN, never NaN.
         ranks: int32 [R], 1 plus the number of strictly more likely tokens.
-        top_ids: int32 [R, 20], most likely ids, best first, lower id first among equals; -1 past the vocabulary's end.
-        top_logprobs: float32 [R, 20].
+        top_ids: int32 [R, W], most likely ids, best first, lower id first among equals; -1 past the vocabulary's end.
+        top_logprobs: float32 [R, W].
     """
 
     logprobs: Float[Array, " R"]
     ranks: Int[Array, " R"]
-    top_ids: Int[Array, "R 20"]
-    top_logprobs: Float[Array, "R 20"]
+    top_ids: Int[Array, "R W"]
+    top_logprobs: Float[Array, "R W"]
 
 
 # --------------------------------------------------------------------------------------------------------------- the tokens
@@ -412,16 +413,16 @@ def _find(limbs: tuple[UInt[Array, "S N"], UInt[Array, "S N"]], goal: _Mass, lim
 # ------------------------------------------------------------------------------------------------------- log-probabilities
 
 
-def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"]) -> Logprobs:
-    """Log-probabilities of ``token_ids`` under ``softmax(logits)``, their ranks, and the most likely ids. Id -1 gives -inf."""
+def token_logprobs(logits: Float[Array, "R V"], token_ids: Int[Array, " R"], width: int = TOP_LOGPROBS) -> Logprobs:
+    """Log-probabilities of ``token_ids`` under ``softmax(logits)``, their ranks, and the ``width`` most likely ids. Id -1 gives -inf."""
     top = jnp.max(logits, axis=-1, keepdims=True)
     normaliser = top + jnp.log(jnp.sum(jnp.exp(logits - top), axis=-1, keepdims=True))
     own = jnp.take_along_axis(logits, jnp.maximum(token_ids, 0)[:, None], axis=-1)
     ranks = 1 + _count(logits > own).astype(jnp.int32)
-    width = min(TOP_LOGPROBS, logits.shape[-1])
-    ids = _best(logits, width)
+    count = min(width, logits.shape[-1])
+    ids = _best(logits, count)
     best = jnp.take_along_axis(logits, ids, axis=-1)
-    pad = ((0, 0), (0, TOP_LOGPROBS - width))
+    pad = ((0, 0), (0, width - count))
     best, ids = jnp.pad(best, pad, constant_values=-jnp.inf), jnp.pad(ids, pad, constant_values=-1)
     own = jnp.where(token_ids[:, None] >= 0, own, -jnp.inf)
     return Logprobs(_never_nan(own - normaliser)[:, 0], ranks, ids, _never_nan(best - normaliser))
@@ -458,13 +459,16 @@ def _order(x: Float[Array, "*n"]) -> Int[Array, "*n"]:
     return jnp.where(bits < 0, bits ^ (2**31 - 1), bits)
 
 
-def sampled_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], inputs: StepInputs) -> Logprobs:
+def sampled_logprobs(logits: Float[Array, "S V"], tokens: Int[Array, " S"], inputs: StepInputs, width: int = TOP_LOGPROBS) -> Logprobs:
     """``token_logprobs`` of a step's tokens from its raw logits; zeros, at no cost, unless a row has RowFlag.LOGPROBS."""
     wanted = jnp.any(has_flag(inputs.flags, RowFlag.LOGPROBS))
-    return lax.cond(wanted, token_logprobs, lambda _, tokens: _no_logprobs(tokens.shape[0]), logits, tokens)
+    find = partial(token_logprobs, width=width)
+    return lax.cond(wanted, find, lambda _, tokens: _no_logprobs(tokens.shape[0], width), logits, tokens)
 
 
-def prompt_logprobs(hidden: Float[Array, "T E"], logits_fn: Callable[[Array], Array], inputs: StepInputs) -> Logprobs:
+def prompt_logprobs(
+    hidden: Float[Array, "T E"], logits_fn: Callable[[Array], Array], inputs: StepInputs, width: int = TOP_LOGPROBS
+) -> Logprobs:
     """Log-probabilities of ``inputs.targets``, from the hidden states that precede them.
 
     Works through the tokens a chunk at a time, so that logits of ``[32, V]`` at most exist, and only through chunks that
@@ -474,6 +478,7 @@ def prompt_logprobs(hidden: Float[Array, "T E"], logits_fn: Callable[[Array], Ar
         hidden: Final hidden states of all tokens of the step.
         logits_fn: From hidden states [R, E] to float32 logits [R, V].
         inputs: The step's ``targets``.
+        width: W, most likely tokens to name.
 
     Returns:
         Per token; zeros where the target is -1.
@@ -485,20 +490,20 @@ def prompt_logprobs(hidden: Float[Array, "T E"], logits_fn: Callable[[Array], Ar
         targets = lax.dynamic_slice_in_dim(inputs.targets, start, chunk)
 
         def compute(results: Logprobs) -> Logprobs:
-            found = token_logprobs(logits_fn(lax.dynamic_slice_in_dim(hidden, start, chunk)), targets)
-            empty = _no_logprobs(chunk)
+            found = token_logprobs(logits_fn(lax.dynamic_slice_in_dim(hidden, start, chunk)), targets, width)
+            empty = _no_logprobs(chunk, width)
             rows = jax.tree.map(lambda new, zero: jnp.where((targets >= 0).reshape(-1, *[1] * (new.ndim - 1)), new, zero), found, empty)
             return jax.tree.map(lambda whole, part: lax.dynamic_update_slice_in_dim(whole, part, start, 0), results, rows)
 
         return lax.cond(jnp.any(targets >= 0), compute, lambda results: results, results)
 
     # A condition and not a loop of no chunks: XLA moves what a loop does to the weights out of it, a copy for tpu7x in another layout.
-    empty = _no_logprobs(total)
+    empty = _no_logprobs(total, width)
     return lax.cond(jnp.any(inputs.targets >= 0), lambda: lax.fori_loop(0, -(-total // chunk), fill, empty), lambda: empty)
 
 
-def _no_logprobs(count: int) -> Logprobs:
-    ids = jnp.zeros((count, TOP_LOGPROBS), jnp.int32)
+def _no_logprobs(count: int, width: int) -> Logprobs:
+    ids = jnp.zeros((count, width), jnp.int32)
     return Logprobs(jnp.zeros(count, jnp.float32), jnp.zeros(count, jnp.int32), ids, ids.astype(jnp.float32))
 
 

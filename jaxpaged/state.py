@@ -22,7 +22,7 @@ NULL_PAGE = 0
 """Padding reads this page; no sequence owns it and nothing is ever written to it."""
 
 TOP_LOGPROBS = 20
-"""Width of the top log-probabilities that a step returns."""
+"""W, the most likely tokens whose log-probabilities a step returns, unless it is built for more."""
 
 MAX_BEAM_WIDTH = 10
 """Most rows of one beam search; it goes on with the best of ``2 * MAX_BEAM_WIDTH = TOP_LOGPROBS`` candidates."""
@@ -379,21 +379,21 @@ class StepOutput:
         tokens: int32 [S], the sampled token; -1 for rows that do not sample or whose logits hold NaN.
         logprobs: float32 [S], log-probability of ``tokens`` in the model's own distribution; 0 unless RowFlag.LOGPROBS.
         ranks: int32 [S], rank of ``tokens``, 1 for the most likely.
-        top_ids, top_logprobs: [S, 20], most likely ids, best first, with their log-probabilities.
+        top_ids, top_logprobs: [S, W], most likely ids, best first, with their log-probabilities.
         prompt_logprobs, prompt_ranks: [T], of ``StepInputs.targets``; 0 unless RowFlag.PROMPT_LOGPROBS.
-        prompt_top_ids, prompt_top_logprobs: [T, 20].
+        prompt_top_ids, prompt_top_logprobs: [T, W].
         beam_parents, beam_tokens, beam_scores: [S, 20], see ``beam_candidates.Candidates``; 0 without RowFlag.BEAM.
     """
 
     tokens: Int[Array, " S"]
     logprobs: Float[Array, " S"]
     ranks: Int[Array, " S"]
-    top_ids: Int[Array, "S 20"]
-    top_logprobs: Float[Array, "S 20"]
+    top_ids: Int[Array, "S W"]
+    top_logprobs: Float[Array, "S W"]
     prompt_logprobs: Float[Array, " T"]
     prompt_ranks: Int[Array, " T"]
-    prompt_top_ids: Int[Array, "T 20"]
-    prompt_top_logprobs: Float[Array, "T 20"]
+    prompt_top_ids: Int[Array, "T W"]
+    prompt_top_logprobs: Float[Array, "T W"]
     beam_parents: Int[Array, "S 20"]
     beam_tokens: Int[Array, "S 20"]
     beam_scores: Float[Array, "S 20"]

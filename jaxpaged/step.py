@@ -16,11 +16,18 @@ from jaxpaged.attention import copy_shared_pages
 from jaxpaged.beam_candidates import beam_candidates
 from jaxpaged.models.model import Model, Params
 from jaxpaged.sampling import greedy, prompt_logprobs, sample, sampled_logprobs
-from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, has_flag
+from jaxpaged.state import TOP_LOGPROBS, PagePool, RowFlag, SamplingState, StepInputs, StepOutput, has_flag
 
 
 def forward_step(
-    model: Model, params: Params, pool: PagePool, inputs: StepInputs, sampling: SamplingState | None = None, *, attention: str = "auto"
+    model: Model,
+    params: Params,
+    pool: PagePool,
+    inputs: StepInputs,
+    sampling: SamplingState | None = None,
+    *,
+    attention: str = "auto",
+    top_logprobs: int = TOP_LOGPROBS,
 ) -> tuple[StepOutput, PagePool, SamplingState | None]:
     """Runs the model over a step's tokens and samples the next token of each row that asks for one.
 
@@ -31,6 +38,7 @@ def forward_step(
         inputs: The step's work.
         sampling: What the slots remember; None for a step on its own: all its tokens are known, and it samples greedily.
         attention: Implementation of paged attention; static under jit.
+        top_logprobs: W, the most likely tokens to name where log-probabilities are asked for, at least 20; static under jit.
 
     Returns:
         What was sampled, the pool with the step's keys and values, and the slots' state (None if none was given).
@@ -46,13 +54,13 @@ def forward_step(
         tokens = jnp.where(has_flag(inputs.flags, RowFlag.SAMPLES), greedy(logits), -1)
     else:
         tokens, sampling = sample(logits, inputs, sampling)
-    of_samples = sampled_logprobs(logits, tokens, inputs)
-    of_prompts = prompt_logprobs(hidden, partial(model.logits, params), inputs)
+    of_samples = sampled_logprobs(logits, tokens, inputs, top_logprobs)
+    of_prompts = prompt_logprobs(hidden, partial(model.logits, params), inputs, top_logprobs)
     of_beams = beam_candidates(of_samples.top_ids, of_samples.top_logprobs, inputs)
     return StepOutput(tokens, *of_samples, *of_prompts, *of_beams), pool, sampling
 
 
-jit_step = jax.jit(forward_step, static_argnames=("model", "attention"), donate_argnames=("pool", "sampling"))
+jit_step = jax.jit(forward_step, static_argnames=("model", "attention", "top_logprobs"), donate_argnames=("pool", "sampling"))
 """``forward_step``, compiled; the pool and the sampling state passed in are gone afterwards."""
 
 

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator, Callable
 import tokenizers
 import transformers
 
-from jaxpaged.config import ModelConfig
+from jaxpaged.config import MAX_LOGPROBS, ModelConfig
 from jaxpaged.engine.status import EngineInfo, EngineStatus
 from jaxpaged.engine.telemetry import EngineStats
 from jaxpaged.engine.tokenizer import Tokenizer
@@ -141,6 +141,7 @@ class FakeAsyncEngine:
             max_waiting=64,
             token_buckets=(1, 2, 4),
             eos_token_ids=(_TOKENIZER.eos_token_id,),
+            max_logprobs=MAX_LOGPROBS,
         )
 
     @property

@@ -32,6 +32,16 @@ def find(logits, inputs):
     return beam_candidates(top.top_ids, top.top_logprobs, inputs), top
 
 
+def test_an_engine_that_tells_more_log_probabilities_searches_among_as_many():
+    rng = np.random.default_rng(9)
+    logits = rng.normal(0, 3, (6, VOCAB)).astype(np.float32)
+    inputs = make_inputs([4, 2], [rng.normal(-5, 2, 4), rng.normal(-5, 2, 2)], 6)
+    wide = token_logprobs(logits, jnp.zeros(6, jnp.int32), 50)
+    got, _ = find(logits, inputs)
+    for one, other in zip(got, jax.jit(beam_candidates)(wide.top_ids, wide.top_logprobs, inputs), strict=True):
+        np.testing.assert_array_equal(one, other)
+
+
 def oracle(ids, logprobs, scores):
     """Candidates of one search from its rows' 20 most likely tokens: sorted by score, then parent, then id."""
     found = [

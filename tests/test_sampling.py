@@ -601,6 +601,26 @@ def test_logprobs_are_never_nan() -> None:
     np.testing.assert_allclose(got.top_logprobs[3], -np.log(30), atol=1e-6)
 
 
+@pytest.mark.parametrize("width", [21, 64, 200])
+def test_more_log_probabilities_are_the_same_and_go_on(width: int) -> None:
+    """With ties, in a vocabulary that is narrower than the widest; the first twenty to the bit."""
+    rng = np.random.default_rng(width)
+    logits = np.round(rng.standard_normal((6, 150)) * 4).astype(np.float32) + 0.0  # -0 comes after 0, as with lax.top_k
+    tokens = rng.integers(0, 150, 6).astype(np.int32)
+    few, many = jit_logprobs(logits, tokens), jax.jit(functools.partial(sampling.token_logprobs, width=width))(logits, tokens)
+    for one, other in zip(few, many, strict=True):
+        np.testing.assert_array_equal(one, np.asarray(other)[:, :20] if one.ndim == 2 else other)
+    order = np.argsort(-logits, axis=-1, kind="stable")[:, :width]
+    np.testing.assert_array_equal(np.asarray(many.top_ids)[:, : order.shape[1]], order)
+    assert (np.asarray(many.top_ids)[:, 150:] == -1).all() and many.top_ids.shape == many.top_logprobs.shape == (6, width)
+    inputs = make_inputs([Row(SAMPLES | RowFlag.LOGPROBS, slot=i) for i in range(6)], 6)
+    for one, other in zip(many, sampling.sampled_logprobs(logits, tokens, inputs, width), strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-6)
+    inputs.targets[:] = tokens
+    in_prompt = sampling.prompt_logprobs(jnp.asarray(logits), lambda x: x, inputs, width)
+    np.testing.assert_array_equal(in_prompt.top_ids, many.top_ids)
+
+
 def test_sampled_logprobs_only_where_asked_for() -> None:
     logits = np.random.default_rng(9).standard_normal((2, 50)).astype(np.float32)
     tokens = np.array([3, 4], np.int32)

@@ -28,7 +28,7 @@ from jaxpaged.models.model import Model, Params
 from jaxpaged.sampling import set_slot, slot_rows
 from jaxpaged.scheduling.buckets import slot_bucket
 from jaxpaged.scheduling.plan import BeamCandidate, StepPlan, StepResult, TokenLogprobs, Work
-from jaxpaged.state import PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_sampling_state
+from jaxpaged.state import TOP_LOGPROBS, PagePool, RowFlag, SamplingState, StepInputs, StepOutput, init_sampling_state
 from jaxpaged.step import forward_step
 
 logger = logging.getLogger(__name__)
@@ -132,6 +132,7 @@ class Runner:
         kv_dtype: Of keys and values in the pages; default the model's.
         attention: Attention backend.
         num_host_pages: Places for pages in host memory.
+        top_logprobs: W, most likely tokens whose log-probabilities a step can tell, at least 20.
 
     Attributes:
         vocab_size: V; every id that a step samples is below it.
@@ -155,6 +156,7 @@ class Runner:
         kv_dtype: DTypeLike | None = None,
         attention: str = "auto",
         num_host_pages: int = 0,
+        top_logprobs: int = TOP_LOGPROBS,
     ) -> None:
         self.model = model
         self.vocab_size = model.config.vocab_size
@@ -172,7 +174,7 @@ class Runner:
         self._attention = attention
         leaves, structure = jax.tree.flatten(params)
         self._leaves = tuple(leaves)  # a tuple of arrays is the cheapest argument to dispatch
-        self._step = jit_flat_step(model, structure, attention)
+        self._step = jit_flat_step(model, structure, attention, top_logprobs)
         self._programs: dict[int, Any] = {}
         self._slot_writer: Any = None
         self._ready = False
@@ -370,13 +372,13 @@ def _forget_listeners(on_event: Callable[..., None], on_duration: Callable[..., 
         jax.monitoring.unregister_event_duration_listener(on_duration)
 
 
-def jit_flat_step(model: Model, structure: Any, attention: str) -> Any:
+def jit_flat_step(model: Model, structure: Any, attention: str, top_logprobs: int = TOP_LOGPROBS) -> Any:
     """Returns the jitted step over a tuple of weights, pool and sampling state donated."""
 
     def step(
         leaves: tuple[jax.Array, ...], pool: PagePool, inputs: StepInputs, sampling: SamplingState
     ) -> tuple[StepOutput, PagePool, SamplingState | None]:
         params = jax.tree.unflatten(structure, leaves)
-        return forward_step(model, params, pool, inputs, sampling, attention=attention)
+        return forward_step(model, params, pool, inputs, sampling, attention=attention, top_logprobs=top_logprobs)
 
     return jax.jit(step, donate_argnums=(1, 3))

@@ -30,6 +30,7 @@ from jaxpaged.models.model import Model, Params
 from jaxpaged.scheduling.buckets import token_buckets
 from jaxpaged.scheduling.fields import SAMPLING_FIELDS
 from jaxpaged.scheduling.scheduler import Scheduler
+from jaxpaged.state import TOP_LOGPROBS
 from jaxpaged.version import installed_version
 
 _DEFAULT_SEQS = {"cpu": 64}
@@ -255,6 +256,7 @@ def _make_runner(config: EngineConfig, model: Model, params: Params, sizes: _Res
         kv_dtype=_kv_dtype(config, model),
         attention=sizes.backend,
         num_host_pages=plan.num_host_pages,
+        top_logprobs=max(TOP_LOGPROBS, config.max_logprobs),
     )
 
 

@@ -12,12 +12,12 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, TypeGuard
 
+from jaxpaged.config import MAX_LOGPROBS
 from jaxpaged.errors import RequestError
 
 Kind = Literal["int", "float", "bool", "string", "int_list", "string_list", "bias_map", "early_stopping"]
 With = Literal["both", "samples", "beams"]
 
-MAX_LOGPROBS = 20
 MAX_BEAM_WIDTH = 10
 MAX_STOP_STRINGS = 16
 MAX_STOP_BYTES = 256
@@ -226,7 +226,7 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     Field(
         "logprobs",
         "int",
-        "Also return the log-probabilities of this many most likely tokens at each position.",
+        "Also return the log-probabilities of this many most likely tokens at each position; --max-logprobs (20) is the limit.",
         low=0,
         high=MAX_LOGPROBS,
         goes_with="samples",

@@ -10,9 +10,10 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
+from jaxpaged.config import MAX_LOGPROBS
 from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.fields import MAX_LOGPROBS, SAMPLING_FIELDS, Field, asks_for_nothing
+from jaxpaged.scheduling.fields import SAMPLING_FIELDS, Field, asks_for_nothing
 
 Status = Literal["honoured", "no effect", "unsupported"]
 

@@ -4,6 +4,7 @@ import math
 import threading
 
 import pytest
+from engine_fakes import SMALL
 
 from jaxpaged import LLM, BeamSearchParams, ConfigError, RequestError, RequestOutput, SamplingParams
 from jaxpaged.config import EngineConfig
@@ -337,3 +338,30 @@ def test_logprobs_are_probabilities(small):
     for entry in output.outputs[0].logprobs:
         assert 20 <= len(entry) <= 21
         assert 0 < sum(math.exp(value.logprob) for value in entry.values()) <= 1.0001
+
+
+def test_an_engine_may_tell_more_log_probabilities_than_twenty():
+    options = {
+        "load_format": "dummy",
+        "hf_overrides": SMALL,
+        "page_size": 8,
+        "num_pages": 33,
+        "max_num_seqs": 2,
+        "max_num_batched_tokens": 8,
+    }
+    with LLM(max_logprobs=40, token_buckets=(8,), compilation_cache_dir="", show_progress=False, **options) as llm:
+        asked = SamplingParams(temperature=0.0, max_tokens=3, logprobs=40, prompt_logprobs=33)
+        (output,) = llm.generate([[5, 6, 7, 8]], asked, use_tqdm=False)
+        for entry in output.outputs[0].logprobs:
+            assert [value.rank for value in entry.values()] == list(range(1, 41))
+            values = [value.logprob for value in entry.values()]
+            assert values == sorted(values, reverse=True)
+        assert all(33 <= len(entry) <= 34 for entry in output.prompt_logprobs[1:])
+        (few,) = llm.generate([[5, 6, 7, 8]], dataclasses.replace(asked, logprobs=5), use_tqdm=False)
+        assert [len(entry) for entry in few.outputs[0].logprobs] == [5] * 3
+        for name in ("logprobs", "prompt_logprobs"):
+            with pytest.raises(RequestError, match="at most 40 here; got 41"):
+                llm.generate([[5]], SamplingParams(**{name: 41}), use_tqdm=False)
+        assert llm.beam_search([[5, 6]], BeamSearchParams(beam_width=2, max_tokens=3))
+    with pytest.raises(ConfigError, match=r"max_logprobs must be in .*256.; got 257"):
+        LLM(max_logprobs=257)
