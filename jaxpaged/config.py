@@ -188,6 +188,8 @@ class ServerConfig:
     port: int = option(8000, "port to listen on; 0 takes a free one", low=0, high=65535)
     uds: str | None = option(None, "path of a UNIX socket to listen on instead")
     api_key: tuple[str, ...] = option((), "key that clients must send as a bearer token; several are taken")
+    api_key_file: str | None = option(None, "file with further keys, one on each line (# begins a comment); read at the start")
+    admin_api_key: tuple[str, ...] = option((), "key that may also do what concerns everybody, as emptying the whole prefix cache")
     served_model_name: tuple[str, ...] = option(
         (), "names that clients use for the model, the first in answers; default: its directory's name"
     )

@@ -90,7 +90,7 @@ def _merge(args: argparse.Namespace, groups: tuple[type, ...]) -> tuple[dict[str
     layers = (
         (read_yaml(args.config), f"--config {args.config}: ") if args.config else ({}, ""),
         (read_environment(*groups), ""),
-        (_given(args), ""),
+        (given_options(args), ""),
     )
     for layer, where in layers:
         ours, without_effect = replace_vllm_options(layer, known, where=where)
@@ -142,7 +142,8 @@ def _add_vllm_option(parser: argparse.ArgumentParser, name: str, opt: VllmOption
         parser.add_argument(*spellings, **hidden)
 
 
-def _given(args: argparse.Namespace) -> dict[str, Any]:
+def given_options(args: argparse.Namespace) -> dict[str, Any]:
+    """Returns the options that stand on the command line, by name, without a command's own and without MODEL."""
     internal = {"config", "model_argument", "command", "run"}
     return {name: value for name, value in vars(args).items() if name not in internal and not name.startswith("own_")}
 

@@ -174,9 +174,12 @@ class FakeAsyncEngine:
         self.running[request.id] = FakeStream(self, request)
         return self.running[request.id]
 
-    async def reset_prefix_cache(self) -> None:
+    async def reset_prefix_cache(self, tenant: str | None = None) -> None:
         self.num_resets += 1
-        self._seen.clear()
+        if tenant is None:
+            self._seen.clear()
+        else:
+            self._seen.pop(tenant, None)
 
     def num_cached(self, request: Request) -> int:
         """Plays a prefix cache of pages of one token: what the prompt shares with one that its tenant asked before, less its last token."""
@@ -203,22 +206,23 @@ class FakeAsyncEngine:
         return EngineStats(running=len(self.running), num_pages=65, page_size=16)
 
     def script(self, request: Request):
-        """Yields the reply's tokens in turn for each sample, then the end of each."""
+        """Yields what is said of the prompt for each sample, the reply's tokens in turn for each, then the end of each."""
         params, cached = request.params, self.num_cached(request)
         reply = self.reply(request)[: request.max_tokens]
         prompt_logprobs = (
             tuple(_logprob(token, params.prompt_logprobs) for token in request.prompt[1:]) if params.prompt_logprobs is not None else ()
         )
+        for index in range(params.num_sequences if prompt_logprobs else 0):
+            yield TokenEvent(request.id, index, prompt_logprobs=prompt_logprobs)
         for position in itertools.count():
             for index in range(params.num_sequences):
-                before = prompt_logprobs if position == 0 else ()
                 if self.fail_at is not None and position == self.fail_at[0] and self.fail_index in (None, index):
                     reason, code = FinishReason.ERROR, self.fail_at[1]
                     yield TokenEvent(request.id, index, finish_reason=reason, error="secret text of the fault", error_code=code)
                     continue
                 if position >= len(reply):
                     reason = FinishReason.STOP
-                    yield TokenEvent(request.id, index, prompt_logprobs=before, finish_reason=reason, num_cached_tokens=cached)
+                    yield TokenEvent(request.id, index, finish_reason=reason, num_cached_tokens=cached)
                     continue
                 token = reply[position]
                 wanted = params.logprobs is not None or params.best_of is not None
@@ -226,7 +230,7 @@ class FakeAsyncEngine:
                 stopped = token in request.stop_token_ids and position >= params.min_tokens
                 last = FinishReason.STOP if stopped else FinishReason.LENGTH if position + 1 == request.max_tokens else None
                 own = token if stopped and token in (params.stop_token_ids or ()) else None
-                yield TokenEvent(request.id, index, (token,), logprobs, before, last, own, num_cached_tokens=cached)
+                yield TokenEvent(request.id, index, (token,), logprobs, (), last, own, num_cached_tokens=cached)
 
     def beams(self, request: Request):
         """Yields all beams at once: the reply, shorter by one token for each; then the ends of those that are not returned."""

@@ -1,98 +1,35 @@
 """``jaxpaged chat [MODEL]``: talk in the terminal, with a model loaded here or, with ``--url``, with a running server.
 
-``--quick TEXT`` asks once and ends. An empty line or Ctrl-D ends a conversation, ``/new`` starts another.
+``--quick TEXT`` asks once and ends. In a conversation ``/help`` lists the commands; Ctrl-C stops an answer, and at the prompt ends the
+chat, as Ctrl-D does. A line that begins with a space goes to the model as it is.
 """
 
 from __future__ import annotations
 
 import argparse
-import asyncio
-import json
+import contextlib
+import importlib
+import re
 import sys
 import time
-import urllib.error
-import urllib.request
-from collections.abc import AsyncIterator, Iterator, Sequence
-from typing import Any, Protocol
+from collections.abc import Sequence
 
+from jaxpaged.commands.chat_remote import RemoteModel
 from jaxpaged.commands.sampling_flags import add_sampling_flags, read_sampling_flags
-from jaxpaged.config import EngineConfig
-from jaxpaged.engine.admission import make_params, make_request
-from jaxpaged.engine.async_engine import AsyncEngine
-from jaxpaged.engine.output import OutputProcessor
-from jaxpaged.errors import ConfigError, EngineStopped, GenerationError, RequestError
-from jaxpaged.flags import Parser, add_options, read_options
+from jaxpaged.commands.talker import Message, Talker
+from jaxpaged.config import EngineConfig, suggest
+from jaxpaged.errors import ConfigError, JaxpagedError
+from jaxpaged.flags import Parser, add_options, given_options, options_without_effect, read_options, say
 
-Message = dict[str, str]
+with contextlib.suppress(ImportError):
+    import readline  # noqa: F401 - input() edits lines with it
 
-
-class Talker(Protocol):
-    """Anything that answers a conversation with a stream of text."""
-
-    def answer(self, messages: list[Message]) -> AsyncIterator[str]:
-        """Yields the answer's text piece by piece."""
-        ...
-
-
-class LocalModel:
-    """A model loaded in this process."""
-
-    def __init__(self, engine: AsyncEngine, sampling: dict[str, Any]) -> None:
-        self._engine = engine
-        self._sampling = sampling
-        self._count = 0
-
-    async def answer(self, messages: list[Message]) -> AsyncIterator[str]:
-        """Yields the answer's text piece by piece."""
-        info = await self._engine.wait_ready()
-        self._count += 1
-        ids = info.tokenizer.apply_chat_template(messages)
-        request = make_request(ids, make_params(self._sampling, info), info, request_id=f"chat-{self._count}", prompt_param="messages")
-        output = OutputProcessor(request, info.tokenizer)
-        stream = self._engine.submit(request)
-        try:
-            async for event in stream:
-                delta = output.process(event)
-                for shown in () if delta is None else output.release(delta):
-                    yield shown.text
-                    if shown.error is not None:
-                        raise GenerationError(shown.error)
-                    if shown.finish_reason is not None:
-                        return
-        finally:
-            stream.close()
-
-
-class RemoteModel:
-    """A server that speaks OpenAI's chat API."""
-
-    def __init__(self, url: str, api_key: str | None, sampling: dict[str, Any]) -> None:
-        self._url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        self._headers = {"Content-Type": "application/json"} | ({"Authorization": f"Bearer {api_key}"} if api_key else {})
-        self._sampling = sampling
-
-    async def answer(self, messages: list[Message]) -> AsyncIterator[str]:
-        """Yields the answer's text piece by piece."""
-        model = json.load(self._open("/models"))["data"][0]["id"]
-        body = {"model": model, "messages": messages, "stream": True, **self._sampling}
-        for line in self._open("/chat/completions", body):
-            data = line.decode().removeprefix("data: ").strip()
-            if not line.startswith(b"data: ") or data == "[DONE]":
-                continue
-            chunk = json.loads(data)
-            if "error" in chunk:
-                raise GenerationError(chunk["error"]["message"])
-            for choice in chunk["choices"]:
-                yield choice["delta"].get("content") or ""
-
-    def _open(self, path: str, body: dict[str, Any] | None = None) -> Any:
-        data = None if body is None else json.dumps(body).encode()
-        try:
-            return urllib.request.urlopen(urllib.request.Request(self._url + path, data=data, headers=self._headers))
-        except urllib.error.HTTPError as error:
-            raise RequestError(_server_message(error)) from error
-        except (urllib.error.URLError, OSError) as error:
-            raise ConfigError(f"--url {self._url}: {getattr(error, 'reason', error)}") from error
+COMMANDS = {
+    "/help": "list these commands",
+    "/clear": "begin another conversation",
+    "/exit": "leave; so do exit, quit, Ctrl-D, and Ctrl-C at the prompt",
+}
+_SYNONYMS = {"/new": "/clear", "/quit": "/exit", "exit": "/exit", "quit": "/exit"}
 
 
 def run(argv: Sequence[str]) -> int:
@@ -102,80 +39,129 @@ def run(argv: Sequence[str]) -> int:
     own.add_argument("--quick", dest="own_quick", metavar="TEXT", help="send this message, print the answer, end")
     own.add_argument("--system", dest="own_system", metavar="TEXT", help="system message")
     own.add_argument(
-        "--stats", dest="own_stats", action="store_true", help="print time to first piece and pieces per second after each answer"
+        "--stats", dest="own_stats", action="store_true", help="print time to first token and tokens per second after each answer"
     )
-    own.add_argument("--url", dest="own_url", metavar="URL", help="talk to this server instead of loading a model")
+    own.add_argument("--url", dest="own_url", metavar="URL", help="talk to this server, to its first model or the one named MODEL")
     own.add_argument("--api-key", dest="own_api_key", metavar="TEXT", help="key for --url")
     add_sampling_flags(own)
     add_options(parser, EngineConfig)
     args = parser.parse(argv)
-    (config,) = read_options(args, EngineConfig)
-    return asyncio.run(_main(args, config))
-
-
-async def _main(args: argparse.Namespace, config: EngineConfig) -> int:
     sampling = read_sampling_flags(args)
     if args.own_url:
-        return await _converse(RemoteModel(args.own_url, args.own_api_key, sampling), args)
-    engine = AsyncEngine(config)
-    engine.start(asyncio.get_running_loop())
-    try:
-        info = await engine.wait_ready()
-        print(f"{info.model_name} on {info.platform}, context {info.max_model_len} tokens, ready in {info.load_s:.1f} s", file=sys.stderr)
-        return await _converse(LocalModel(engine, sampling), args)
-    except EngineStopped as error:
-        raise ConfigError(str(error)) from error
-    finally:
-        engine.stop()
+        return _converse(RemoteModel(args.own_url, args.own_api_key, _model_of_server(args), sampling), args)
+    if args.own_api_key:
+        raise ConfigError("--api-key is the key for --url, which is not given")
+    (config,) = read_options(args, EngineConfig)
+    for note in options_without_effect(args, EngineConfig):
+        say(note)
+    # Loaded only here: it brings JAX, which takes seconds that a chat with a server need not wait.
+    with importlib.import_module("jaxpaged.commands.chat_local").load_model(config, sampling) as talker:
+        return _converse(talker, args)
 
 
-async def _converse(talker: Talker, args: argparse.Namespace) -> int:
+def _model_of_server(args: argparse.Namespace) -> str | None:
+    """Returns the model's name, if one is given; raises ConfigError for options of a model that is loaded here."""
+    given = given_options(args)
+    model: str | None = args.model_argument or given.pop("model", None)
+    if args.config or given:
+        names = ["config"] if args.config else [name.replace("_", "-") for name in given]
+        raise ConfigError(f"--{names[0]} is for a model that is loaded here, and --url talks to a server")
+    return model
+
+
+def _converse(talker: Talker, args: argparse.Namespace) -> int:
+    """Asks once with ``--quick``, else reads and answers until told to leave; returns the exit code."""
     opening: list[Message] = [{"role": "system", "content": args.own_system}] if args.own_system else []
-    messages = list(opening)
-    for text in [args.own_quick] if args.own_quick is not None else _typed():
-        if text == "/new":
-            messages = list(opening)
-            continue
-        messages.append({"role": "user", "content": text})
+    if args.own_quick is not None:
         try:
-            messages.append({"role": "assistant", "content": await _print_answer(talker, messages, stats=args.own_stats)})
-        except (RequestError, GenerationError) as error:
-            messages.pop()
-            print(f"jaxpaged: {error}", file=sys.stderr)
-            if args.own_quick is not None:
-                return 1
+            _print_answer(talker, [*opening, {"role": "user", "content": args.own_quick}], [], stats=args.own_stats)
+        except JaxpagedError as error:
+            say(str(error))
+            return 1
+        return 0
+    messages = list(opening)
+    _tell(f"{talker.introduction}\n/help lists commands, Ctrl-C stops an answer, Ctrl-D or /exit leaves.")
+    while (line := _read_line()) is not None:
+        command = _command(line)
+        if command == "/exit":
+            break
+        if command == "/clear":
+            messages = list(opening)
+            _tell("another conversation begins")
+        elif command == "/help":
+            _tell("\n".join(f"{name:8} {meaning}" for name, meaning in COMMANDS.items()))
+        elif command is not None:
+            _tell(
+                f"there is no command {command}{suggest(command, COMMANDS)}; /help lists them, and a space before it sends it to the model"
+            )
+        elif line.strip():
+            _ask(talker, messages, line.strip(), stats=args.own_stats)
     return 0
 
 
-async def _print_answer(talker: Talker, messages: list[Message], *, stats: bool) -> str:
+def _read_line() -> str | None:
+    """Returns what is typed; None at the end of input. Ctrl-C raises KeyboardInterrupt at once, since no event loop runs here."""
+    try:
+        return input("> ")
+    except EOFError:
+        print()
+        return None
+    except KeyboardInterrupt:
+        print()
+        raise
+
+
+def _command(line: str) -> str | None:
+    """Returns the command that a line is, known or not; None for what goes to the model."""
+    if line.strip().lower() in _SYNONYMS and not line.startswith(" "):
+        return _SYNONYMS[line.strip().lower()]
+    word = line.split(maxsplit=1)[0] if line.startswith("/") else ""
+    return word if re.fullmatch(r"/[\w?-]*", word) else None
+
+
+def _ask(talker: Talker, messages: list[Message], text: str, *, stats: bool) -> None:
+    """Lets the conversation go on by a question and its answer, or what of it was shown when Ctrl-C came."""
+    shown: list[str] = []
+    messages.append({"role": "user", "content": text})
+    try:
+        _print_answer(talker, messages, shown, stats=stats)
+    except KeyboardInterrupt:
+        print()
+        _tell("stopped; Ctrl-C at the prompt leaves")
+    except JaxpagedError as error:
+        if shown:
+            print()
+        say(str(error))
+        messages.pop()
+        return
+    messages.append({"role": "assistant", "content": "".join(shown)})
+
+
+def _print_answer(talker: Talker, messages: list[Message], shown: list[str], *, stats: bool) -> None:
+    """Prints an answer as it comes, and adds its pieces to ``shown``."""
     start = time.perf_counter()
-    pieces: list[str] = []
-    first = start
-    async for piece in talker.answer(messages):
-        if not pieces:
-            first = time.perf_counter()
-        pieces.append(piece)
-        print(piece, end="", flush=True)
+    first = num_tokens = None
+    with contextlib.closing(talker.answer(messages)) as pieces:
+        for piece in pieces:
+            num_tokens = piece.num_tokens if piece.num_tokens is not None else num_tokens
+            if piece.text:
+                first = first or time.perf_counter()
+                shown.append(piece.text)
+                print(piece.text, end="", flush=True)
     print()
     if stats:
-        rate = (len(pieces) - 1) / max(time.perf_counter() - first, 1e-9)
-        print(f"first piece after {1000 * (first - start):.0f} ms, then {rate:.1f} pieces/s", file=sys.stderr)
-    return "".join(pieces)
+        _tell(_stats_line(start, first or time.perf_counter(), time.perf_counter(), num_tokens))
 
 
-def _typed() -> Iterator[str]:
-    while True:
-        try:
-            text = input("> ")
-        except EOFError:
-            return
-        if not text.strip():
-            return
-        yield text
+def _stats_line(start: float, first: float, end: float, num_tokens: int | None) -> str:
+    """Says how fast an answer was; the three moments are in seconds."""
+    begun = f"first text after {1000 * (first - start):.0f} ms"
+    if num_tokens is None:
+        return f"{begun}; the server does not count tokens"
+    rate = f", then {(num_tokens - 1) / (end - first):.1f} tokens/s" if num_tokens > 1 and end > first else ""
+    return f"{begun}{rate}; {num_tokens} tokens in {end - start:.1f} s"
 
 
-def _server_message(error: urllib.error.HTTPError) -> str:
-    try:
-        return f"{error.code}: {json.load(error)['error']['message']}"
-    except (ValueError, KeyError, TypeError):
-        return f"{error.code}: {error.reason}"
+def _tell(text: str) -> None:
+    """Prints what is not part of an answer."""
+    print(text, file=sys.stderr, flush=True)

@@ -57,9 +57,10 @@ class _Abort:
 
 @dataclasses.dataclass(frozen=True)
 class _ResetCache:
-    """Forget all earlier prompts, and say so."""
+    """Forget earlier prompts, one tenant's or all, and say so."""
 
     number: int
+    tenant: str | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -275,8 +276,8 @@ class AsyncEngine:
         """
         self._inbox.put(_Abort(request_id, index, reason))
 
-    async def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of all earlier prompts; returns when that is done. Call from the loop's thread.
+    async def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets the keys and values of earlier prompts, one tenant's or all; returns when that is done. Call from the loop's thread.
 
         Raises:
             EngineStopped: Not loaded yet, stopped or failed.
@@ -285,7 +286,7 @@ class AsyncEngine:
             raise EngineStopped(f"the engine is {self._state}")
         self._num_resets += 1
         done = self._resets[self._num_resets] = asyncio.get_running_loop().create_future()
-        self._inbox.put(_ResetCache(self._num_resets))
+        self._inbox.put(_ResetCache(self._num_resets, tenant))
         await done
 
     async def drain(self, timeout_s: float) -> None:
@@ -395,11 +396,11 @@ class AsyncEngine:
         checked = True
         while not self._stopping.is_set():
             if engine.has_work:
-                news = self._take_in(engine, block=False, timeout_s=None)
+                news = self._take_in(engine, timeout_s=engine.wait_s)
                 events = (*news.events, *engine.step())
                 checked = False
             else:
-                news = self._take_in(engine, block=True, timeout_s=None if checked else _IDLE_CHECK_S)
+                news = self._take_in(engine, timeout_s=None if checked else _IDLE_CHECK_S)
                 events = news.events
                 if not (news.accepted or engine.has_work or checked):
                     engine.check()
@@ -407,15 +408,15 @@ class AsyncEngine:
             if events or news.accepted or news.refused or news.resets:
                 self._call(self._deliver, dataclasses.replace(news, events=events))
 
-    def _take_in(self, engine: Engine, *, block: bool, timeout_s: float | None) -> _News:
-        """Empties the inbox into the engine."""
+    def _take_in(self, engine: Engine, *, timeout_s: float | None) -> _News:
+        """Empties the inbox into the engine; waits that long for the first thing in it, None for as long as it takes."""
         accepted: list[str] = []
         refused: list[tuple[str, JaxpagedError]] = []
         events: list[TokenEvent] = []
         resets: list[int] = []
         with contextlib.suppress(queue.Empty):
             while True:
-                match self._inbox.get(block=block, timeout=timeout_s):
+                match self._inbox.get(block=timeout_s != 0, timeout=timeout_s):
                     case _Submit(request):
                         try:
                             engine.add(request)
@@ -424,10 +425,10 @@ class AsyncEngine:
                             refused.append((request.id, error))
                     case _Abort(request_id, index, reason):
                         events += engine.abort(request_id, index, reason=reason)
-                    case _ResetCache(number):
-                        engine.reset_prefix_cache()
+                    case _ResetCache(number, tenant):
+                        engine.reset_prefix_cache(tenant)
                         resets.append(number)
-                block = False
+                timeout_s = 0
         return _News(tuple(accepted), tuple(refused), tuple(events), tuple(resets))
 
     def _set_state(self, state: EngineState, detail: str) -> None:

@@ -7,8 +7,9 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable
-from typing import Protocol
+from typing import NoReturn, Protocol
 
+from jaxpaged.engine.recovery import Recovery, one_line
 from jaxpaged.engine.telemetry import EngineStats, Telemetry
 from jaxpaged.errors import EngineStopped, QueueFull
 from jaxpaged.scheduling.plan import INVALID_TOKEN, StepPlan, StepResult, TokenEvent
@@ -17,10 +18,9 @@ from jaxpaged.scheduling.scheduler import Scheduler
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 6
-"""Failing steps in a row that are recovered from; a good step, or finding the request to blame, starts the count anew."""
-
-_MAX_RESETS = 3
+MAX_UNPLANNED = 6
+"""Steps in a row that could not be planned and are recovered from; a good step starts the count anew. Steps that fail on the device are not
+counted: each is a request's fault, which ``scheduling.faults`` finds, or the device's, which then does not stand the proof of its reset."""
 
 
 class Handle(Protocol):
@@ -44,8 +44,8 @@ class StepRunner(Protocol):
         """Starts a step."""
         ...
 
-    def reset(self) -> None:
-        """Makes the runner fit to start again from an empty pool after a failed step."""
+    def reset(self, token_bucket: int | None = None) -> None:
+        """Makes the runner fit to start again, and proves that the device computes; see ``recovery.Resettable``."""
         ...
 
 
@@ -68,7 +68,6 @@ class Engine:
         clock: Monotonic seconds.
 
     Attributes:
-        recovering: A step failed and none has succeeded since.
         failed: Why the engine gave up; None while it works.
         progress_at: When a step was committed last or, if later, when work arrived at an idle engine.
     """
@@ -79,18 +78,28 @@ class Engine:
         self.scheduler = scheduler
         self.runner = runner
         self.async_depth = async_depth
-        self.recovering = False
         self.failed: str | None = None
         self.telemetry = Telemetry(scheduler.page_size, clock)
         self.progress_at = clock()
         self._clock = clock
         self._in_flight: deque[_Flight] = deque()
-        self._num_failures = 0
+        self._recovery = Recovery(runner, clock)
+        self._num_unplanned = 0
 
     @property
     def has_work(self) -> bool:
-        """Whether ``step`` has something to do."""
-        return self.scheduler.has_work
+        """Whether ``step`` has something to do, now or after ``wait_s``."""
+        return self.scheduler.has_work or self.recovering
+
+    @property
+    def recovering(self) -> bool:
+        """Whether something failed on the device and nothing has succeeded since, not even the proof that it computes."""
+        return self._recovery.pending
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds until ``step`` can do anything: the pause between two resets of a device that does not come back; else 0."""
+        return self._recovery.wait_s
 
     def add(self, request: Request) -> None:
         """Takes a request in.
@@ -123,16 +132,18 @@ class Engine:
         """Dispatches the next step, then reads and commits the one before it.
 
         At depth 1 the device computes the new step meanwhile; its inputs are the tokens that it sampled itself. When nothing new can be
-        dispatched, everything in flight is read.
+        dispatched, everything in flight is read. After a failure nothing is planned until the device is back; see ``wait_s``.
 
         Returns:
             New tokens and ends of sequences.
 
         Raises:
-            EngineStopped: Steps keep failing; ``failed`` says why.
+            EngineStopped: The device does not come back, or no step can be planned; ``failed`` says why.
         """
         if self.failed is not None:
             raise EngineStopped(self.failed)
+        if self.recovering and not self._revive():
+            return []
         try:
             plan = self.scheduler.schedule()
         except Exception as error:  # a bug of ours, in the middle of the books; no token is lost if they start anew
@@ -145,17 +156,25 @@ class Engine:
         return self._send(events)
 
     def reset(self) -> list[TokenEvent]:
-        """Aborts everything and starts from an empty pool; for a caller that was interrupted in the middle of a step."""
+        """Aborts everything and starts from an empty pool; for a caller that was interrupted in the middle of a step.
+
+        Raises:
+            EngineStopped: The device does not come back.
+        """
         self._in_flight.clear()
-        self.runner.reset()
-        events = self.scheduler.recover(None)
+        self.scheduler.start_over()
+        events: list[TokenEvent] = []
         for request_id in {sequence.request.id for sequence in self.scheduler.live_sequences()}:
             events += self.scheduler.abort(request_id)
-        return self._send(events)
+        events = self._send(events)
+        if self.failed is None:
+            self._recovery.begin(None)
+            self._revive()
+        return events
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets the keys and values of all earlier prompts; those that running sequences read stay theirs."""
-        self.scheduler.reset_prefix_cache()
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets the keys and values of earlier prompts, one tenant's or all; those that running sequences read stay theirs."""
+        self.scheduler.reset_prefix_cache(tenant)
 
     def check(self) -> None:
         """Verifies the scheduler's invariants and that nothing is kept for sequences that are gone; call when idle.
@@ -219,34 +238,39 @@ class Engine:
         now = self._clock()
         self.telemetry.committed(flight.plan, now - max(flight.dispatched_at, self.progress_at))
         self.progress_at = now
-        self._num_failures = 0
-        self.recovering = False
+        self._num_unplanned = 0
         return self.scheduler.commit(flight.plan, self._with_valid_tokens(result))
 
     def _recover(self, plan: StepPlan | None, error: Exception) -> list[TokenEvent]:
-        """Goes on after a failed step: the donated pool is gone, so it is made anew and everything running is computed again."""
+        """Goes on after a failed step: the donated pool is gone, so it is made anew and everything running is computed again.
+
+        Args:
+            plan: The step; None if it could not even be planned.
+            error: What it failed with.
+        """
         step = self.scheduler.step + 1 if plan is None else plan.step
-        logger.error("step %d failed (%s: %s); recomputing what ran", step, type(error).__name__, _one_line(error))
-        self.recovering = True
+        logger.error("step %d failed (%s: %s); recomputing what ran", step, type(error).__name__, one_line(error))
         self.telemetry.recoveries += 1
-        self._num_failures += 1
         self._in_flight.clear()
-        if self._num_failures > MAX_FAILURES:
-            self._give_up(f"{self._num_failures} steps failed in a row; the last one with {type(error).__name__}: {_one_line(error)}")
-        for attempt in range(1, _MAX_RESETS + 1):
-            try:
-                self.runner.reset()
-                break
-            except Exception as again:
-                logger.error("reset %d after a failed step failed too: %s", attempt, _one_line(again))
-                if attempt == _MAX_RESETS:
-                    self._give_up(f"the device does not come back after a failed step: {_one_line(again)}")
+        self._recovery.begin(None if plan is None else plan.token_bucket)
+        self._num_unplanned += plan is None
+        if self._num_unplanned > MAX_UNPLANNED:
+            self._give_up(f"{self._num_unplanned} steps in a row could not be planned: {type(error).__name__}: {one_line(error)}")
         events = self.scheduler.recover(plan)
-        if any(event.finish_reason is FinishReason.ERROR for event in events):
-            self._num_failures = 0
+        self._revive()
         return events
 
-    def _give_up(self, reason: str) -> None:
+    def _revive(self) -> bool:
+        """Tries to bring the device back, if it is time to; returns whether it is back."""
+        try:
+            is_back = self._recovery.attempt()
+        except EngineStopped as error:
+            self._give_up(str(error))
+        if is_back:
+            self.progress_at = self._clock()
+        return is_back
+
+    def _give_up(self, reason: str) -> NoReturn:
         self.failed = reason
         raise EngineStopped(reason)
 
@@ -271,7 +295,3 @@ class _FailedDispatch:
 
     def read(self) -> StepResult:
         raise self._error
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())[:300]

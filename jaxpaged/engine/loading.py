@@ -12,7 +12,8 @@ import jax
 from jaxpaged.config import ModelConfig
 from jaxpaged.engine.host_cpu import multiplies_bfloat16
 from jaxpaged.engine.hub import model_directory
-from jaxpaged.engine.weights import Progress, load_params, open_checkpoint, read_json
+from jaxpaged.engine.json_files import read_json
+from jaxpaged.engine.weights import Progress, load_params, open_checkpoint
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.models.hf_config import bad
 from jaxpaged.models.model import Model, Params

@@ -24,6 +24,7 @@ class TokenText:
         logprob: Log-probability in the model's own distribution; finite.
         rank: 1 for the most likely.
         top: The most likely tokens, best first (their ``top`` is empty).
+        offset: Of an output's token: characters of the output's text before its own, counting text that is held back or cut off.
     """
 
     token_id: int
@@ -32,6 +33,40 @@ class TokenText:
     logprob: float
     rank: int
     top: tuple[TokenText, ...] = ()
+    offset: int = 0
+
+
+@dataclasses.dataclass(frozen=True)
+class PromptText:
+    """A prompt as ``echo`` repeats it: the text that stands before the output's, from the same decoding as the output's.
+
+    Attributes:
+        text: Of all its tokens, special ones too, but of those that the tokenizer itself has put around a text. A character that the prompt
+            leaves half-finished belongs to the output.
+        offsets: For each token, the characters of ``text`` before its own.
+    """
+
+    text: str
+    offsets: tuple[int, ...]
+
+    @classmethod
+    def decode(cls, token_ids: Sequence[int], tokenizer: Tokenizer, *, added: tuple[int, int] = (0, 0)) -> PromptText:
+        """Decodes a prompt.
+
+        Args:
+            token_ids: Of the prompt.
+            tokenizer: Turns ids into text.
+            added: How many of the first and of the last tokens the tokenizer has put around the text.
+        """
+        detokenizer = IncrementalDetokenizer(tokenizer, skip_special_tokens=False)
+        first, behind = added[0], len(token_ids) - added[1]
+        parts, offsets, num_chars = [], [], 0
+        for position, token_id in enumerate(token_ids):
+            offsets.append(num_chars)
+            if first <= position < behind:
+                parts.append(detokenizer.push(token_id))
+                num_chars += len(parts[-1])
+        return cls("".join(parts), tuple(offsets))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,7 +147,7 @@ class OutputProcessor:
             return None
         if self._prompt_alone:
             event = _without_output(event)
-        text, taken, stop = sample.push(event.token_ids, event.finish_reason)
+        text, offsets, taken, stop = sample.push(event.token_ids, event.finish_reason)
         self.num_output_tokens += taken
         reason: str | None = None if event.finish_reason is None else str(event.finish_reason)
         stop_reason: int | str | None = event.stop_reason
@@ -123,7 +158,7 @@ class OutputProcessor:
             index=event.index,
             text=text,
             token_ids=event.token_ids[:taken],
-            logprobs=tuple(self._token_text(entry) for entry in event.logprobs[:taken]),
+            logprobs=tuple(self._token_text(*pair) for pair in zip(event.logprobs[:taken], offsets, strict=False)),
             prompt_logprobs=tuple(self._token_text(entry) for entry in event.prompt_logprobs),
             finish_reason=reason,
             stop_reason=stop_reason,
@@ -166,13 +201,14 @@ class OutputProcessor:
             cumulative_logprob=sum(entry.logprob for entry in logprobs),
         )
 
-    def _token_text(self, entry: TokenLogprobs) -> TokenText:
+    def _token_text(self, entry: TokenLogprobs, offset: int = 0) -> TokenText:
         top = tuple(self._one(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1))
-        return dataclasses.replace(self._one(entry.token_id, entry.logprob, entry.rank), top=top)
+        return self._one(entry.token_id, entry.logprob, entry.rank, top, offset)
 
-    def _one(self, token_id: int, logprob: float, rank: int) -> TokenText:
+    def _one(self, token_id: int, logprob: float, rank: int, top: tuple[TokenText, ...] = (), offset: int = 0) -> TokenText:
         finite = max(logprob, LEAST_LOGPROB) if logprob == logprob else LEAST_LOGPROB
-        return TokenText(token_id, self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id), finite, rank)
+        text, spelled = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
+        return TokenText(token_id, text, spelled, finite, rank, top, offset)
 
 
 def _without_output(event: TokenEvent) -> TokenEvent:
@@ -202,27 +238,34 @@ class _Sample:
         self._stops = StopStrings(tuple(params.stop or ()), include=self._include_stop)
         self._min_tokens = params.min_tokens
         self._num_tokens = 0
+        self._num_chars = 0
 
-    def push(self, token_ids: Sequence[int], end: FinishReason | None) -> tuple[str, int, str | None]:
-        """Returns the text to send, how many of the tokens count, and the stop string that ended the sample, if one did.
+    def push(self, token_ids: Sequence[int], end: FinishReason | None) -> tuple[str, list[int], int, str | None]:
+        """Returns the text to send, where each token's text begins, how many tokens count, and the stop string that ended the sample.
 
         Args:
             token_ids: New tokens.
             end: Why the engine ended the sample with the last of them, if it did; it stops at nothing but stop tokens.
         """
         if self._detokenizer is None:
-            return "", len(token_ids), None
-        parts = []
+            return "", [0] * len(token_ids), len(token_ids), None
+        parts: list[str] = []
+        offsets: list[int] = []
         shown = token_ids[:-1] if end is FinishReason.STOP and not self._include_stop else token_ids
         for taken, token_id in enumerate(shown, start=1):
             self._num_tokens += 1
-            text, stop = self._stops.push(self._detokenizer.push(token_id), may_stop=self._num_tokens > self._min_tokens)
+            offsets.append(self._num_chars)
+            piece = self._detokenizer.push(token_id)
+            self._num_chars += len(piece)
+            text, stop = self._stops.push(piece, may_stop=self._num_tokens > self._min_tokens)
             parts.append(text)
             if stop is not None:
-                return "".join(parts), taken, stop
+                return "".join(parts), offsets, taken, stop
+        if len(shown) < len(token_ids):
+            offsets.append(self._num_chars)
         if end is not None:
             parts.append(self._stops.flush() + self._detokenizer.flush())
-        return "".join(parts), len(token_ids), None
+        return "".join(parts), offsets, len(token_ids), None
 
 
 class StopStrings:

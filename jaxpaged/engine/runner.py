@@ -219,10 +219,13 @@ class Runner:
                 array.copy_to_host_async()
         return InFlight(plan, output, inputs, self._on_read, started)
 
-    def reset(self) -> None:
+    def reset(self, token_bucket: int | None = None) -> None:
         """Makes an empty pool and sampling state after a failed step, and runs one step of padding to see that the device works.
 
         Pages that were on their way to the host are lost, and their places hold anything.
+
+        Args:
+            token_bucket: Size of that step, so that the very program that failed can be tried; default: the smallest.
 
         Raises:
             Exception: It does not.
@@ -230,7 +233,7 @@ class Runner:
         self._pool = self._sampling = None
         self._host.forget()
         self._make_state()
-        self._run(self._padding(self.token_buckets[0])).tokens.block_until_ready()
+        self._run(self._padding(token_bucket or self.token_buckets[0])).tokens.block_until_ready()
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles every program, runs each once on padding, and counts compilations from then on.

@@ -18,13 +18,13 @@ from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.host_pages import staging_bytes
 from jaxpaged.engine.hub import model_directory
+from jaxpaged.engine.json_files import read_json
 from jaxpaged.engine.loading import load_model
 from jaxpaged.engine.memory import MemoryPlan, available_host_bytes, device_budget, plan_memory, plan_swap_space
 from jaxpaged.engine.progress import Progress, Quiet, gib
 from jaxpaged.engine.runner import Runner
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.engine.tokenizer import Tokenizer
-from jaxpaged.engine.weights import read_json
 from jaxpaged.errors import ConfigError, RequestError
 from jaxpaged.models.model import Model, Params
 from jaxpaged.scheduling.buckets import token_buckets

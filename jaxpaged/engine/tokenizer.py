@@ -1,4 +1,4 @@
-"""Text to token ids and back, over a Hugging Face fast tokenizer; no torch, no remote code, no network once loaded.
+"""Text to token ids and back, as a tokenizer.json says; no torch, no remote code, no network once loaded.
 
 Decoding works on bytes: each token stands for a fixed byte string, text is their concatenation read as UTF-8. So streaming is
 linear in the number of tokens, never shows half a character, and adds up to exactly what decoding all tokens at once gives.
@@ -9,16 +9,20 @@ from __future__ import annotations
 import codecs
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, overload
 
 import tokenizers
 
 from jaxpaged.engine.chat_template import ChatTemplate, import_transformers
 from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS, TemplateSupport, find_support, fit_messages, needs_support
-from jaxpaged.errors import CheckpointError, ConfigError, RequestError
+from jaxpaged.engine.json_files import read_json
+from jaxpaged.errors import CheckpointError, ConfigError, JaxpagedError, RequestError
+
+_FILE, _CONFIG, _ADDED = "tokenizer.json", "tokenizer_config.json", "added_tokens.json"
+_MOST_ID = 2**22 - 1
 
 _NONCHARACTERS = [chr(code) for code in range(0xFDD0, 0xFDF0)]
 """Code points that no text contains; one of them marks the special tokens that a message spells out."""
@@ -28,49 +32,57 @@ class Tokenizer:
     """A tokenizer that several threads may use at once: nothing in it changes after loading.
 
     Args:
-        hf: A transformers fast tokenizer; nothing of it is kept but its description.
+        hf: A transformers fast tokenizer, which names the special tokens and has the chat template; it is not kept.
+        backend: Encodes and decodes; a copy of ``hf``'s own if None.
         chat_template: Replaces the tokenizer's own template.
 
     Attributes:
         vocab_size: Number of ids the tokenizer knows; the model's may be larger (padded) and is what requests are checked against.
         bos_token, eos_token: Spelling of the special tokens, or None.
-        eos_token_id: Id of the end-of-sequence token, or None.
+        bos_token_id, eos_token_id: Their ids, or None.
 
     Raises:
         CheckpointError: It turns ids into text in a way that is not known here.
     """
 
-    def __init__(self, hf: Any, *, chat_template: str | None = None) -> None:
+    def __init__(self, hf: Any, *, backend: tokenizers.Tokenizer | None = None, chat_template: str | None = None) -> None:
         source = chat_template or _default_template(hf)
         self._special_tokens: dict[str, str] = dict(hf.special_tokens_map)
         self._chat_template = None if source is None else ChatTemplate(source, self._special_tokens)
         self._support: TemplateSupport | None = None  # of that template; found when the first conversation needs it
-        description = json.loads(hf.backend_tokenizer.to_str())
-        description["truncation"] = description["padding"] = None
-        self._plain = tokenizers.Tokenizer.from_str(json.dumps(description))
-        self._literal = tokenizers.Tokenizer.from_str(json.dumps(description))
+        self._plain = tokenizers.Tokenizer.from_str(hf.backend_tokenizer.to_str()) if backend is None else backend
+        _check_ids(self._plain)
+        self._plain.no_truncation()
+        self._plain.no_padding()
+        description = self._plain.to_str()
+        self._literal = tokenizers.Tokenizer.from_str(description)
         self._literal.encode_special_tokens = True
         added = self._plain.get_added_tokens_decoder()
         self._special = {token_id: token for token_id, token in added.items() if token.special}
         self._special_by_text = {token.content: token_id for token_id, token in self._special.items()}
         spellings = sorted(self._special_by_text, key=len, reverse=True)
         self._special_pattern = re.compile("|".join(map(re.escape, spellings)) or r"(?!)")
-        self.strips_first_space, self._pieces = _pieces(self._plain, description.get("decoder"))
+        self.strips_first_space, self._pieces = _pieces(self._plain, json.loads(description).get("decoder"))
         self.vocab_size = len(self._pieces)
         self.bos_token: str | None = hf.bos_token
         self.eos_token: str | None = hf.eos_token
-        self.eos_token_id: int | None = hf.eos_token_id
+        self.bos_token_id = self._id_of(self.bos_token)
+        self.eos_token_id = self._id_of(self.eos_token)
 
     @classmethod
     def load(cls, path: str | Path, *, chat_template: str | Path | None = None) -> Tokenizer:
         """Loads from a local directory.
 
+        What tokenizer.json says is what is done, whatever class tokenizer_config.json names: some classes of transformers take the
+        vocabulary alone out of the file and make the rest anew, so that a mislabelled tokenizer loses its spaces without a word.
+
         Args:
-            path: Holds tokenizer.json and tokenizer_config.json.
+            path: Holds tokenizer.json, and tokenizer_config.json with names and the chat template; without the former, what
+                transformers can make a fast tokenizer of.
             chat_template: File with a Jinja template to use instead of the tokenizer's.
 
         Raises:
-            CheckpointError: Files are missing or damaged, or the tokenizer has no fast form.
+            CheckpointError: Files are missing or damaged, contradict each other, or the tokenizer has no fast form.
             ConfigError: The template's file cannot be read.
         """
         if not Path(path).is_dir():
@@ -80,18 +92,27 @@ class Tokenizer:
         except (OSError, UnicodeDecodeError) as error:
             raise ConfigError(f"chat_template {chat_template}: {error}") from error
         try:
+            if (Path(path) / _FILE).is_file():
+                hf, backend = _read_files(Path(path))
+                return cls(hf, backend=backend, chat_template=template)
             hf = import_transformers().AutoTokenizer.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-        except Exception as error:  # transformers raises nearly anything on damaged files
-            reason = " ".join(str(error).split())[:300]
-            raise CheckpointError(f"tokenizer in {path} cannot be loaded: {reason or type(error).__name__}") from error
-        if not getattr(hf, "is_fast", False):
-            raise CheckpointError(f"tokenizer in {path}: no tokenizer.json (a fast tokenizer is needed)")
+        except JaxpagedError:
+            raise
+        except BaseException as error:  # transformers and tokenizers raise nearly anything on damaged files
+            raise CheckpointError(f"tokenizer in {path} cannot be loaded: {_reason(error)}") from error
+        wanted = {name for kind, name in getattr(hf, "vocab_files_names", {}).items() if kind != "tokenizer_file"}
+        if not getattr(hf, "is_fast", False) or not all((Path(path) / name).is_file() for name in wanted):
+            made_of = f", and not all of {', '.join(sorted(wanted))} to make it of" if wanted else ""
+            raise CheckpointError(f"tokenizer in {path}: no {_FILE} (a fast tokenizer is needed){made_of}")
         return cls(hf, chat_template=template)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         """Takes over what another process sent; how special tokens are encoded is not part of a pickled tokenizer."""
         self.__dict__.update(state)
         self._literal.encode_special_tokens = True
+
+    def _id_of(self, token: str | None) -> int | None:
+        return None if token is None else self._plain.token_to_id(token)
 
     @property
     def has_chat_template(self) -> bool:
@@ -109,12 +130,22 @@ class Tokenizer:
         return frozenset(self._special)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Returns the ids of ``text``; special tokens spelled in it count as such, as raw prompts do in vLLM."""
-        ids: list[int] = self._plain.encode(text, add_special_tokens=add_special_tokens).ids
-        return ids
+        """Returns the ids of ``text``; special tokens spelled in it count as such, as raw prompts do in vLLM.
 
-    def decode(self, token_ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
-        """Returns the text of ``token_ids``; ids the tokenizer does not know give nothing."""
+        Raises:
+            RequestError: The tokenizer gives up on this text.
+        """
+        return _encode(self._plain, text, add_special_tokens=add_special_tokens)
+
+    def num_added(self) -> tuple[int, int]:
+        """Returns how many special tokens ``encode`` puts before and behind a text."""
+        plain, whole = self.encode("a", add_special_tokens=False), self.encode("a")
+        first = next((i for i in range(len(whole)) if whole[i : i + len(plain)] == plain), None)
+        return (0, 0) if first is None else (first, len(whole) - first - len(plain))
+
+    def decode(self, token_ids: int | Sequence[int], *, skip_special_tokens: bool = True) -> str:
+        """Returns the text of ``token_ids``, or of one; ids the tokenizer does not know give nothing."""
+        token_ids = [token_ids] if isinstance(token_ids, int) else token_ids
         pieces = [self.token_bytes(i) for i in token_ids if not (skip_special_tokens and i in self._special)]
         if pieces and self.strips_first_space:
             pieces[0] = pieces[0].removeprefix(b" ")
@@ -128,17 +159,27 @@ class Tokenizer:
         """Returns one token as shown in log-probability answers (replacement characters for partial ones)."""
         return self.token_bytes(token_id).decode("utf-8", "replace")
 
+    @overload
+    def apply_chat_template(
+        self, messages: Sequence[Mapping[str, Any]], *, tokenize: Literal[True] = True, **options: Any
+    ) -> list[int]: ...
+
+    @overload
+    def apply_chat_template(self, messages: Sequence[Mapping[str, Any]], *, tokenize: bool, **options: Any) -> list[int] | str: ...
+
     def apply_chat_template(
         self,
         messages: Sequence[Mapping[str, Any]],
         *,
+        tokenize: bool = True,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template: str | None = None,
         template_kwargs: Mapping[str, Any] | None = None,
-    ) -> list[int]:
-        """Renders a conversation in the sandboxed template and returns its ids.
+        **variables: Any,
+    ) -> list[int] | str:
+        """Renders a conversation in the sandboxed template and returns its ids, or its text.
 
         Special tokens that a message, a tool or a variable spells out become ordinary text, never special tokens: their spelling is
         broken by a noncharacter while the template runs, and encoded as text afterwards.
@@ -146,11 +187,13 @@ class Tokenizer:
         Args:
             messages: Role and content each; content given as text parts is joined. Tool calls, results and reasoning go to a template that
                 shows them, see ``conversation.fit_messages``.
+            tokenize: Return ids; else the text, in which a special token that a message spells out looks like any other.
             add_generation_prompt: Open the assistant's turn at the end.
             continue_final_message: Leave the last message open instead.
             tools: JSON schemas of functions, for templates that show them.
             chat_template: Jinja source to use instead of the tokenizer's.
             template_kwargs: More variables for the template; names in ``RESERVED_TEMPLATE_KEYS`` are refused.
+            **variables: The same, as transformers takes them (``enable_thinking=False``).
 
         Raises:
             RequestError: There is no template, or it rejects the conversation (with its message), or leaves a part of it out.
@@ -159,11 +202,12 @@ class Tokenizer:
         if template is None:
             message = "this model's tokenizer has no chat template: start the server with --chat-template, or use completions"
             raise RequestError(message, param="messages", code="no_chat_template")
-        if clash := RESERVED_TEMPLATE_KEYS.intersection(template_kwargs or ()):
+        variables |= template_kwargs or {}
+        if clash := RESERVED_TEMPLATE_KEYS.intersection(variables):
             raise RequestError(f"chat_template_kwargs must not contain {sorted(clash)[0]!r}", param="chat_template_kwargs")
         support = self._find_support(template) if needs_support(messages) else TemplateSupport(frozenset())
         fitted = [_join_parts(message) for message in fit_messages(messages, support)]
-        more = {"tools": list(tools) if tools else None, **(template_kwargs or {})}
+        more = {"tools": list(tools) if tools else None, **variables}
         mark = _unused_noncharacter([fitted, more])
         broken = self._break_values(more, mark)
         try:
@@ -176,6 +220,8 @@ class Tokenizer:
             )
         except RequestError as error:
             raise RequestError(self._plain_text(str(error), mark), param=error.param, code=error.code) from error
+        if not tokenize:
+            return self._plain_text(text, mark)
         return self._encode_marked(text, mark) if mark in text else self.encode(text, add_special_tokens=False)
 
     def template_reads(self, name: str) -> bool:
@@ -227,10 +273,9 @@ class Tokenizer:
         if not text:
             return []
         if first or not self.strips_first_space:
-            return list(self._literal.encode(text, add_special_tokens=False).ids)
-        lead = list(self._literal.encode("\n", add_special_tokens=False).ids)
-        ids = list(self._literal.encode("\n" + text, add_special_tokens=False).ids)
-        return ids[len(lead) :] if ids[: len(lead)] == lead else list(self._literal.encode(text, add_special_tokens=False).ids)
+            return _encode(self._literal, text)
+        lead, ids = _encode(self._literal, "\n"), _encode(self._literal, "\n" + text)
+        return ids[len(lead) :] if ids[: len(lead)] == lead else _encode(self._literal, text)
 
     @staticmethod
     def _plain_text(text: str, mark: str) -> str:
@@ -277,6 +322,65 @@ class IncrementalDetokenizer:
     def flush(self) -> str:
         """Returns what is left at the end: a replacement character for an unfinished one."""
         return self._utf8.decode(b"", final=True)
+
+
+def _read_files(path: Path) -> tuple[Any, tokenizers.Tokenizer]:
+    """Returns who names tokens and has the template, and tokenizer.json as the tokenizers library reads it, with the tokens it lacks.
+
+    Raises:
+        CheckpointError: An id is too large, or a file gives a token another id than the one it gets.
+    """
+    backend = tokenizers.Tokenizer.from_file(str(path / _FILE))
+    _check_ids(backend)
+    hf = import_transformers().PreTrainedTokenizerFast.from_pretrained(str(path), local_files_only=True)
+    known = backend.get_added_tokens_decoder()
+    for token_id, token in sorted(hf.added_tokens_decoder.items()):
+        if token_id not in known or known[token_id].special != token.special:
+            (backend.add_special_tokens if token.special else backend.add_tokens)([token])
+    for file, text, stated in _stated_ids(path):
+        if (got := backend.token_to_id(text)) is not None and got != stated:
+            raise CheckpointError(f"{path / file}: token {text!r} has id {stated}, but {_FILE} gives it {got}; make them agree")
+    return hf, backend
+
+
+def _stated_ids(path: Path) -> Iterator[tuple[str, str, int]]:
+    """Yields file, text and id of the added tokens that the files beside tokenizer.json list."""
+    if (path / _CONFIG).is_file():
+        for token_id, token in (read_json(path / _CONFIG).get("added_tokens_decoder") or {}).items():
+            yield _CONFIG, token["content"], int(token_id)
+    if (path / _ADDED).is_file():
+        for text, token_id in read_json(path / _ADDED).items():
+            yield _ADDED, text, int(token_id)
+
+
+def _check_ids(tokenizer: tokenizers.Tokenizer) -> None:
+    """Refuses ids that no model has: something is kept for each id below the largest, here and where a tokenizer is written as text."""
+    last, most = max(tokenizer.get_vocab(with_added_tokens=True).items(), key=lambda item: item[1], default=("", 0))
+    if most > _MOST_ID:
+        raise CheckpointError(f"{_FILE}: token {last[:40]!r} has id {most:,}; ids up to {_MOST_ID:,} are supported")
+
+
+def _encode(tokenizer: tokenizers.Tokenizer, text: str, *, add_special_tokens: bool = False) -> list[int]:
+    """Returns the ids of ``text``.
+
+    Raises:
+        RequestError: The library gave up: the tokenizer's pattern goes back and forth too often over this text, say, or a part of
+            the text is not in its vocabulary, which has no token for the unknown.
+    """
+    try:
+        return list(tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
+    except BaseException as error:
+        raise RequestError(f"this model's tokenizer cannot encode this text: {_reason(error)}", code="tokenizer_failed") from error
+
+
+def _reason(error: BaseException) -> str:
+    """Returns in one line why a tokenizer failed; what is no failure of its own is raised again.
+
+    A panic of the library's Rust code is no ``Exception``: left alone, it would pass every handler on its way and end the thread.
+    """
+    if not isinstance(error, Exception) and type(error).__module__ != "pyo3_runtime":
+        raise error
+    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _default_template(hf: Any) -> str | None:

@@ -6,7 +6,6 @@ fails at once. Only safetensors are read: files that would have to be unpickled 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from pathlib import Path, PurePosixPath
 
@@ -15,6 +14,7 @@ import ml_dtypes
 import numpy as np
 import numpy.typing as npt
 
+from jaxpaged.engine.json_files import read_json
 from jaxpaged.engine.safetensors import Tensor, read_header
 from jaxpaged.errors import CheckpointError
 from jaxpaged.models.model import Model, Params
@@ -24,7 +24,6 @@ Progress = Callable[[int, int], None]
 """Called with bytes done and bytes in all."""
 
 _INDEX = "model.safetensors.index.json"
-_MAX_JSON_BYTES = 64 * 2**20
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
 
@@ -98,25 +97,6 @@ def open_checkpoint(directory: Path) -> dict[str, Tensor]:
         if name not in tensors or tensors[name].path.name != file:
             raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, which does not hold it")
     return tensors
-
-
-def read_json(path: Path) -> dict[str, object]:
-    """Reads a JSON object from a file of a model directory.
-
-    Raises:
-        CheckpointError: It cannot be read, is too large, or is not a JSON object.
-    """
-    try:
-        if path.stat().st_size > _MAX_JSON_BYTES:
-            raise CheckpointError(f"{path}: larger than {_MAX_JSON_BYTES} bytes")
-        content = json.loads(path.read_bytes().decode("utf-8"))
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror or error})") from error
-    except (ValueError, RecursionError) as error:
-        raise CheckpointError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise CheckpointError(f"{path}: not a JSON object")
-    return content
 
 
 def _read_index(path: Path) -> dict[str, str]:

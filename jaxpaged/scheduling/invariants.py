@@ -62,6 +62,7 @@ def _check_groups(scheduler: Scheduler) -> None:
     for group in {sequence.group: None for sequence in scheduler.live_sequences()}:
         _demand(len({sequence.status for sequence in group.sequences}) == 1, "a request is torn apart")
         _demand(group.beams is not None or not any(sequence.idle for sequence in group.sequences), "a sample is idle")
+        _demand(not group.num_faults or group.suspect, "an accused request is not suspect, so nothing can clear it")
     seen: dict[int, tuple[object, ...]] = {}
     size = scheduler.page_size
     for sequence in scheduler.running:

@@ -25,7 +25,7 @@ from typing import NamedTuple
 
 from jaxpaged.scheduling.pages import NULL_PAGE, PageAllocator
 from jaxpaged.scheduling.plan import PageCopy, Transfer
-from jaxpaged.scheduling.prefix_cache import Key, PrefixCache, extend_keys, partition_key
+from jaxpaged.scheduling.prefix_cache import Key, PrefixCache, extend_keys, partition_key, tenant_mark
 from jaxpaged.scheduling.request import Group, Request, Sequence
 
 
@@ -332,11 +332,12 @@ class KVMemory:
             if self.host is not None:
                 self.host.forget(key)
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets all keys; pages that are read stay with their readers."""
-        self.device.clear()
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets the keys of one tenant, or all; pages that are read stay with their readers."""
+        mark = b"" if tenant is None else tenant_mark(tenant)
+        self.device.clear(mark)
         if self.host is not None:
-            self.host.clear()
+            self.host.clear(mark)
 
     def lose(self, sequences: Iterable[Sequence]) -> None:
         """The device has lost all pages, and what it was about to move: nobody holds anything, here or in host memory.
@@ -363,7 +364,7 @@ class KVMemory:
         if len(sequence.page_keys) < len(sequence.tokens) // self.page_size:
             request = sequence.request
             length = str(len(request.prompt)) if self._by_prompt_length else ""
-            start = partition_key(("tenant", request.tenant), ("prompt length", length))
+            start = partition_key(request.tenant, ("prompt length", length))
             extend_keys(sequence.page_keys, start, sequence.tokens, self.page_size)
         return sequence.page_keys
 

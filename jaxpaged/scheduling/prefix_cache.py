@@ -3,7 +3,7 @@
 A page's key is a chain: the hash of the key of the page before it and of its own tokens. So equal keys mean equal texts from the first
 token on, and a page is found by walking along the chain. The chain of each text starts with the partition it belongs to; texts of
 different partitions have no key in common. Everything hashed is typed and prefixed with its length, so that no two
-texts are written the same way.
+texts are written the same way. In front of the hash a key has the tenant's mark, so that all that one tenant has there can be forgotten.
 
 The idea is vLLM's automatic prefix caching (``vllm/v1/core/kv_cache_utils.py``); SHA-256 in place of a fast hash because a
 collision that somebody can construct would show one client's text to another (CVE-2025-25183).
@@ -18,21 +18,29 @@ from collections.abc import Callable, Iterable, Sequence
 from jaxpaged.scheduling.pages import PageAllocator
 
 Key = bytes
-"""SHA-256 of a text up to the end of a page, and of its partition."""
+"""The tenant's mark, and SHA-256 of a text up to the end of a page and of its partition."""
+
+_MARK_BYTES = 8
 
 
-def partition_key(*fields: tuple[str, str]) -> Key:
+def tenant_mark(tenant: str) -> bytes:
+    """Returns what all keys of a tenant begin with. Two tenants may have the same one, by a chance of 2**-64; only resets would meet."""
+    return _digest(("mark of", tenant.encode()))[:_MARK_BYTES]
+
+
+def partition_key(tenant: str, *fields: tuple[str, str]) -> Key:
     """Returns where the chains of a partition start.
 
     Args:
-        fields: Name and value of whatever separates texts that have the same tokens (tenant, ...).
+        tenant: Whose texts.
+        fields: Name and value of whatever else separates texts that have the same tokens.
     """
-    return _digest(*((name, value.encode()) for name, value in fields))
+    return tenant_mark(tenant) + _digest(("tenant", tenant.encode()), *((name, value.encode()) for name, value in fields))
 
 
 def next_key(parent: Key, tokens: Sequence[int]) -> Key:
     """Returns the key of a page with these tokens that follows the page with key ``parent``."""
-    return _digest(("parent", parent), ("tokens", array.array("q", tokens).tobytes()))
+    return parent[:_MARK_BYTES] + _digest(("parent", parent), ("tokens", array.array("q", tokens).tobytes()))
 
 
 def extend_keys(keys: list[Key], start: Key, tokens: Sequence[int], page_size: int) -> None:
@@ -103,9 +111,9 @@ class PrefixCache:
             del self._key_of[page_id]
             self.pages.drop(page_id)
 
-    def clear(self) -> None:
-        """Forgets everything."""
-        for key in list(self._page_of):
+    def clear(self, mark: bytes = b"") -> None:
+        """Forgets the keys that begin with a tenant's mark, or all."""
+        for key in [key for key in self._page_of if key.startswith(mark)]:
             self.forget(key)
 
     def reset(self) -> None:

@@ -51,7 +51,7 @@ from jaxpaged.errors import ConfigError, QueueFull, RequestError
 from jaxpaged.scheduling import invariants
 from jaxpaged.scheduling.beams import BeamSearch
 from jaxpaged.scheduling.buckets import slot_bucket
-from jaxpaged.scheduling.faults import blame, clear
+from jaxpaged.scheduling.faults import blame, clear, leave
 from jaxpaged.scheduling.kv_memory import KVMemory
 from jaxpaged.scheduling.pages import PageAllocator
 from jaxpaged.scheduling.plan import INVALID_TOKEN, BeamCandidate, StepPlan, StepResult, TokenEvent, TokenLogprobs, Work
@@ -253,9 +253,9 @@ class Scheduler:
             index = None
         return [self._end(sequence, FinishReason.ABORT) for sequence in tuple(group.sequences) if index in (None, sequence.index)]
 
-    def reset_prefix_cache(self) -> None:
-        """Forgets what is in the prefix cache, on the device and in host memory; harms nobody who runs."""
-        self.memory.reset_prefix_cache()
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
+        """Forgets what is in the prefix cache of one tenant, or of all, on the device and in host memory; harms nobody who runs."""
+        self.memory.reset_prefix_cache(tenant)
 
     def check_size(self, request: Request) -> None:
         """Raises RequestError if a request can never fit, as ``add`` does."""
@@ -332,12 +332,23 @@ class Scheduler:
         Which request ends because its steps keep failing is decided by ``faults.blame``.
 
         Args:
-            plan: The step that failed; None if it is not known which of those in flight it was, or if ``schedule`` itself failed.
+            plan: The step that failed; None if ``schedule`` itself failed, or if it is not known which of those in flight it was. Then
+                everybody who ran is involved, or the first in line if nobody did.
 
         Returns:
             The ends of the guilty request's sequences, if one was found.
         """
-        failed = [each for each in self.in_flight if plan is None or each is plan]
+        involved = [work.sequence for each in self.in_flight if plan is None or each is plan for work in each.work]
+        if plan is None:
+            involved += self.running or (self.waiting[0].group.sequences if self.waiting else ())
+        self.start_over()
+        guilty = blame(involved)
+        if guilty is None:
+            return []
+        return self._end_all(guilty, "the model step failed on this request", "internal_error")
+
+    def start_over(self) -> None:
+        """Goes on with an empty pool and nothing in flight, and blames nobody: everything that ran is computed again from its tokens."""
         self.in_flight.clear()
         for group in dict.fromkeys(sequence.group for sequence in reversed(self.running)):
             self._put_back(group)
@@ -347,10 +358,6 @@ class Scheduler:
             sequence.num_pending = 0
             sequence.num_computed = 0
             sequence.last_step = 0  # it may have been in a step that was never planned to its end
-        guilty = blame(failed)
-        if guilty is None:
-            return []
-        return self._end_all(guilty, "the model step failed on this request", "internal_error")
 
     # -------------------------------------------------------------------------------------------------------- inside schedule
 
@@ -558,14 +565,14 @@ class Scheduler:
         sequence, group = work.sequence, work.sequence.group
         token = result.tokens[row]
         sequence.num_pending -= work.samples
+        if work.samples and sequence.suspect:
+            clear(sequence)
         if work.samples and token == INVALID_TOKEN:
             return self._end_invalid(sequence)
         self._settle(plan, work)
         if not work.samples:
             return None
         sequence.tokens.append(token)
-        if sequence.suspect:
-            clear(sequence)
         logprobs = result.logprobs[row] if result.logprobs else None
         reason = self._finish_reason(work, token)
         if reason is not None:
@@ -693,8 +700,7 @@ class Scheduler:
         sequence.finish_reason = reason
         group = sequence.group
         group.sequences.remove(sequence)
-        if not group.suspect:
-            group.num_faults = 0
+        leave(sequence)
         if not group.sequences:
             del self._groups[group.request.id]
         self._finish_times.append(self._clock())

@@ -18,6 +18,7 @@ from jaxpaged.errors import JaxpagedError, RequestError
 from jaxpaged.server.answers import ClientGone, Problem, RequestTimedOut, describe, json_response
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import Gate, RequireKey
+from jaxpaged.server.keys import Keys, read_keys
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.openapi import describe_api
 from jaxpaged.server.protocol import shown_names
@@ -29,7 +30,13 @@ _READ = ["GET", "HEAD"]
 
 
 def create_app(
-    engine: AsyncEngine, config: ServerConfig, texts: TextPool, *, names: Sequence[str] = (), callers: Callers | None = None
+    engine: AsyncEngine,
+    config: ServerConfig,
+    texts: TextPool,
+    *,
+    names: Sequence[str] = (),
+    callers: Callers | None = None,
+    keys: Keys | None = None,
 ) -> FastAPI:
     """Makes the ASGI application.
 
@@ -39,18 +46,19 @@ def create_app(
         texts: Prepares calls; closed with ``app.state.service``.
         names: Names of the model; default: ``config.served_model_name``, then the model's own.
         callers: Who may call through a browser; default: the pages that ``config`` allows.
+        keys: The keys that are valid; default: those that ``config`` names.
 
     Returns:
         The application; ``app.state.service`` holds the calls in flight.
     """
     service = Service(engine, config, texts, names=config.served_model_name or names, version=installed_version())
-    routes = Routes(service)
+    keys = read_keys(config) if keys is None else keys
+    routes = Routes(service, needs_key=bool(keys))
     app = FastAPI(openapi_url=None, docs_url=None, redoc_url=None, redirect_slashes=False, routes=routes.table())
     app.state.service = service
     for kind in (JaxpagedError, RequestTimedOut, ClientGone):
         app.add_exception_handler(kind, _answer_problem)
     app.add_exception_handler(HTTPException, _answer_http)
-    keys = tuple(key for key in config.api_key if key)
     if keys:
         app.add_middleware(RequireKey, keys=keys)
     app.add_middleware(Gate, callers=callers or Callers(allowed_origins=config.allowed_origins, allowed_hosts=config.allowed_hosts))
@@ -58,10 +66,16 @@ def create_app(
 
 
 class Routes:
-    """The handlers, bound to one service."""
+    """The handlers, bound to one service.
 
-    def __init__(self, service: Service) -> None:
+    Args:
+        service: What they call.
+        needs_key: Whether the server wants a bearer token.
+    """
+
+    def __init__(self, service: Service, *, needs_key: bool) -> None:
         self._service = service
+        self._needs_key = needs_key
         self._metrics = Metrics(service, service.config.metrics_prefix)
 
     def table(self) -> list[BaseRoute]:
@@ -116,10 +130,12 @@ class Routes:
         return Response(prepared.body, headers=headers, media_type="application/json")
 
     async def reset_prefix_cache(self, request: Request) -> Response:
-        """Forgets the keys and values of all earlier prompts, everybody's."""
+        """Forgets the keys and values of earlier prompts: of those with the same API key, or everybody's if it is an admin's."""
         self._service.info()
-        await self._service.engine.reset_prefix_cache()
-        return json_response({"status": "ok"})
+        state = request.scope["state"]
+        tenant = None if state.get("admin") else state.get("tenant", "")
+        await self._service.engine.reset_prefix_cache(tenant)
+        return json_response({"status": "ok", "reset": "own" if tenant else "all"})
 
     async def livez(self, request: Request) -> Response:
         """Says that the event loop turns."""
@@ -154,7 +170,7 @@ class Routes:
     async def openapi(self, request: Request) -> Response:
         """Describes this API."""
         config = self._service.config
-        return json_response(describe_api(version=self._service.version, needs_key=bool(config.api_key), root_path=config.root_path))
+        return json_response(describe_api(version=self._service.version, needs_key=self._needs_key, root_path=config.root_path))
 
 
 class _Generate:

@@ -13,13 +13,13 @@ import re
 import secrets
 import traceback
 import uuid
-from collections.abc import Sequence
 
 from starlette.datastructures import MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from jaxpaged.server.answers import Problem, describe
 from jaxpaged.server.callers import Callers, origin_of
+from jaxpaged.server.keys import Keys
 
 logger = logging.getLogger(__name__)
 
@@ -86,17 +86,20 @@ class RequireKey:
 
     Requests with the same key are of one tenant (``scope["state"]["tenant"]``) and share the prefix cache. Its name is made from the key
     with a secret of this process, so that nobody can guess it or give it himself, and it says nothing of the key.
+    ``scope["state"]["admin"]`` says whether it is an admin's.
 
     Args:
         app: The next ASGI application.
         keys: Every key that is valid.
     """
 
-    def __init__(self, app: ASGIApp, *, keys: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, *, keys: Keys) -> None:
         self.app = app
-        self._digests = [hashlib.sha256(key.encode()).digest() for key in keys]
+        known = (*keys.plain, *keys.admin)
+        self._digests = [hashlib.sha256(key.encode()).digest() for key in known]
         secret = secrets.token_bytes(32)
-        self._tenants = [hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for key in keys]
+        self._tenants = [hmac.new(secret, key.encode(), hashlib.sha256).hexdigest() for key in known]
+        self._admins = frozenset(self._tenants[len(keys.plain) :])
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Handles one request."""
@@ -105,7 +108,7 @@ class RequireKey:
             return
         tenant = self._tenant(scope)
         if tenant is not None:
-            scope.setdefault("state", {})["tenant"] = tenant
+            scope.setdefault("state", {}).update(tenant=tenant, admin=tenant in self._admins)
             await self.app(scope, receive, send)
             return
         problem = Problem(

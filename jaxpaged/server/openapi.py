@@ -53,7 +53,9 @@ def describe_api(*, version: str, needs_key: bool, root_path: str = "") -> dict[
     """
     paths: dict[str, Any] = {path: {"post": _post(path, fields)} for path, fields in ENDPOINTS.items()}
     paths |= {path: {"get": _plain(path, meaning)} for path, meaning in _PLAIN_ROUTES.items()}
-    paths[_RESET] = {"post": _plain(_RESET, "Forget the keys and values of all earlier prompts.")}
+    paths[_RESET] = {
+        "post": _plain(_RESET, "Forget the keys and values of earlier prompts with the same API key; of all, with an admin's.")
+    }
     document: dict[str, Any] = {
         "openapi": "3.1.0",
         "info": {"title": "jaxpaged", "version": version, "description": "OpenAI's API over a paged KV pool."},

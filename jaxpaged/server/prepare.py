@@ -13,6 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from jaxpaged.engine.admission import make_params, make_request
+from jaxpaged.engine.output import PromptText
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.errors import RequestError
 from jaxpaged.scheduling.request import Request, SamplingParams
@@ -73,14 +74,14 @@ class PreparedPrompt:
     Attributes:
         request: Complete but for its prompt.
         token_ids: The prompt, packed, since it may be long and travels between processes.
-        text: What ``echo`` repeats; empty without it.
-        first: Text of its first token, which has no log-probability; empty without ``echo``.
+        echo: The prompt as it is repeated, if it is.
+        first_token: Text of its first token, which has no log-probability; for ``echo``.
     """
 
     request: Request
     token_ids: array.array[int]
-    text: str = ""
-    first: str = ""
+    echo: PromptText | None = None
+    first_token: str = ""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -153,8 +154,9 @@ def _generation(call: GenerationCall, info: EngineInfo, job: Job) -> PreparedGen
     _check_amount(call, params)
     prompts = []
     for i, prompt in enumerate(call.prompts or (None,)):
+        ids = _encode(prompt, call, info)
         request = make_request(
-            _encode(prompt, call, info),
+            ids,
             params,
             info,
             request_id=f"{job.request_id}-{i}",
@@ -162,13 +164,14 @@ def _generation(call: GenerationCall, info: EngineInfo, job: Job) -> PreparedGen
             tenant=job.tenant,
             default_max_tokens=None if call.is_chat else DEFAULT_COMPLETION_TOKENS,
         )
-        text = first = ""
-        if call.echo:
-            whole = isinstance(prompt, str) and params.truncate_prompt_tokens is None
-            text = str(prompt) if whole else info.tokenizer.decode(request.prompt)
-            first = info.tokenizer.token_text(request.prompt[0])
-        packed, request = array.array("i", request.prompt), dataclasses.replace(request, prompt=())
-        prompts.append(PreparedPrompt(request=request, token_ids=packed, text=text, first=first))
+        prompts.append(
+            PreparedPrompt(
+                request=dataclasses.replace(request, prompt=()),
+                token_ids=array.array("i", request.prompt),
+                echo=_echo(prompt, call, request, len(ids), info) if call.echo else None,
+                first_token=info.tokenizer.token_text(request.prompt[0]) if call.echo else "",
+            )
+        )
     _check_prompt_logprobs(params, [len(prompt.token_ids) for prompt in prompts])
     left_out: dict[str, Any] = {"prompts": (), "tools": None, "chat_template_kwargs": {}, "sampling": {}}
     asked = dataclasses.replace(call, messages=() if call.is_chat else None, ignored=_ignored(call, info), **left_out)
@@ -187,6 +190,13 @@ def _encode(prompt: Prompt | None, call: GenerationCall | TokenizeCall, info: En
         tools=call.tools,
         template_kwargs=call.chat_template_kwargs,
     )
+
+
+def _echo(prompt: Prompt | None, call: GenerationCall, request: Request, num_ids: int, info: EngineInfo) -> PromptText:
+    """Returns the prompt as it is repeated: without what the tokenizer itself has put around a text, and without what was cut off."""
+    before, behind = info.tokenizer.num_added() if isinstance(prompt, str) and call.add_special_tokens else (0, 0)
+    cut = num_ids - len(request.prompt)
+    return PromptText.decode(request.prompt, info.tokenizer, added=(max(0, before - cut), behind))
 
 
 def _ignored(call: GenerationCall | TokenizeCall, info: EngineInfo) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ from typing import Any
 
 import msgspec
 
-from jaxpaged.engine.output import Delta, TokenText
+from jaxpaged.engine.output import Delta, PromptText, TokenText
 from jaxpaged.server.answers import encode
 
 
@@ -82,24 +82,27 @@ class Choice:
     Attributes:
         index: Its place in ``choices``.
         prompt_token_ids: Of its prompt.
-        prompt_text: What ``echo`` repeats; empty otherwise.
-        prompt_first: Text of the prompt's first token, which has no log-probability.
-        offset: Characters sent so far, for ``text_offset``.
+        echo: The prompt, where it is repeated before the output.
+        first_token: Text of the prompt's first token, which has no log-probability; for ``echo``.
         started: Whether its first chunk was sent.
     """
 
     index: int
     prompt_token_ids: tuple[int, ...] = ()
-    prompt_text: str = ""
-    prompt_first: str = ""
+    echo: PromptText | None = None
+    first_token: str = ""
     text: list[str] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenText] = dataclasses.field(default_factory=list)
     prompt_logprobs: list[TokenText] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
-    offset: int = 0
     started: bool = False
+
+    @property
+    def echo_text(self) -> str:
+        """What stands before the output's text."""
+        return "" if self.echo is None else self.echo.text
 
     def add(self, delta: Delta) -> None:
         """Appends one delta, for an answer that is sent whole."""
@@ -156,7 +159,7 @@ class Renderer:
             body["message"] = {"role": "assistant", "content": text, "refusal": None}
             body["logprobs"] = self._chat_logprobs(choice.logprobs) if self.want_logprobs else None
         else:
-            body["text"] = choice.prompt_text + text
+            body["text"] = choice.echo_text + text
             body["logprobs"] = self._whole_text_logprobs(choice) if self.want_logprobs else None
             if self.want_prompt_logprobs:
                 body["prompt_logprobs"] = self._prompt_logprobs(choice.prompt_logprobs)
@@ -173,11 +176,10 @@ class Renderer:
         if self.chat:
             opening = _ChatChoice(choice.index, _ChatDelta(role="assistant", content=""))
             return self._event(opening, usage, choice.prompt_token_ids if self.want_token_ids and choice.index == 0 else msgspec.UNSET)
-        if not choice.prompt_text and not self.want_token_ids:
+        if choice.echo is None and not self.want_token_ids:
             return b""
-        logprobs = self._echo_logprobs(choice) if self.want_logprobs and choice.prompt_text else None
-        choice.offset += len(choice.prompt_text)
-        opening_text = _TextChoice(choice.index, choice.prompt_text, logprobs)
+        logprobs = self._echo_logprobs(choice, choice.echo) if self.want_logprobs and choice.echo else None
+        opening_text = _TextChoice(choice.index, choice.echo_text, logprobs)
         if self.want_token_ids:
             opening_text.prompt_token_ids = choice.prompt_token_ids
         return self._event(opening_text, usage)
@@ -207,8 +209,7 @@ class Renderer:
         else:
             piece = _TextChoice(choice.index, delta.text)
             if self.want_logprobs and delta.logprobs:
-                piece.logprobs = self._text_logprobs(delta.logprobs, choice.offset)
-                choice.offset += sum(len(token.text) for token in delta.logprobs)
+                piece.logprobs = self._text_logprobs(delta.logprobs, len(choice.echo_text))
         if self.want_token_ids:
             piece.token_ids = delta.token_ids
         return piece
@@ -233,9 +234,15 @@ class Renderer:
     def _chat_token(self, token: TokenText) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": token.logprob, "bytes": list(token.bytes)}
 
-    def _text_logprobs(self, tokens: Iterable[TokenText], offset: int) -> dict[str, list[Any]]:
-        """Returns the four parallel lists of the completions API; each ``top_logprobs`` holds the token itself too."""
-        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
+    def _text_logprobs(self, tokens: Sequence[TokenText], behind: int) -> dict[str, list[Any]]:
+        """Returns the four parallel lists of the completions API; ``behind`` characters stand before the tokens' own text."""
+        lists = self._token_lists(tokens)
+        lists["text_offset"] = [behind + token.offset for token in tokens]
+        return lists
+
+    def _token_lists(self, tokens: Iterable[TokenText]) -> dict[str, list[Any]]:
+        """Returns all of the lists but ``text_offset``; each ``top_logprobs`` holds the token itself too."""
+        lists: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": []}
         for token in tokens:
             top: dict[str, float] = {}
             for candidate in (*token.top, token):
@@ -243,23 +250,22 @@ class Renderer:
             lists["tokens"].append(self._name(token))
             lists["token_logprobs"].append(token.logprob)
             lists["top_logprobs"].append(top)
-            lists["text_offset"].append(offset)
-            offset += len(token.text)
         return lists
 
-    def _echo_logprobs(self, choice: Choice) -> dict[str, list[Any]]:
+    def _echo_logprobs(self, choice: Choice, echo: PromptText) -> dict[str, list[Any]]:
         """The lists for an echoed prompt; its first token has no probability, since nothing stands before it."""
-        lists = self._text_logprobs(choice.prompt_logprobs, len(choice.prompt_first))
-        first = f"token_id:{choice.prompt_token_ids[0]}" if self.ids_as_tokens else choice.prompt_first
-        for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None), ("text_offset", 0)):
+        lists = self._token_lists(choice.prompt_logprobs)
+        first = f"token_id:{choice.prompt_token_ids[0]}" if self.ids_as_tokens else choice.first_token
+        for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None)):
             lists[name].insert(0, value)
+        lists["text_offset"] = list(echo.offsets)
         return lists
 
     def _whole_text_logprobs(self, choice: Choice) -> dict[str, list[Any]]:
-        lists = self._text_logprobs(choice.logprobs, len(choice.prompt_text))
-        if not choice.prompt_text:
+        lists = self._text_logprobs(choice.logprobs, len(choice.echo_text))
+        if choice.echo is None:
             return lists
-        echoed = self._echo_logprobs(choice)
+        echoed = self._echo_logprobs(choice, choice.echo)
         return {name: echoed[name] + lists[name] for name in lists}
 
     def _prompt_logprobs(self, tokens: Iterable[TokenText]) -> list[dict[str, Any] | None]:

@@ -34,6 +34,7 @@ from jaxpaged.errors import ConfigError, EngineStopped
 from jaxpaged.server.app import create_app
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.http import GuardedProtocol
+from jaxpaged.server.keys import read_keys
 from jaxpaged.server.listen import BACKLOG, bind, is_loopback, url_of
 from jaxpaged.server.logs import QueuedHandler, logging_to
 from jaxpaged.server.service import Service
@@ -69,34 +70,35 @@ def run(
         ConfigError: The port is taken, a file cannot be read, or the model cannot be loaded; exit code 2.
     """
     _check_tls(server_config)
+    keys = read_keys(server_config)
     listener = bind(server_config)
     local = is_loopback(listener)
-    keyed = any(server_config.api_key)
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
         for note in notes:
             logger.info("%s", note)
         callers = Callers(
-            local_only=local and not keyed,
+            local_only=local and not keys,
             allowed_origins=server_config.allowed_origins,
             # No page can name a UNIX socket; what forwards requests to one may call it as it likes.
             allowed_hosts=server_config.allowed_hosts or (("*",) if server_config.uds is not None else ()),
         )
-        if not local and not keyed:
+        if not local and not keys:
             logger.warning(
                 "%s is open to the network without a key: anybody who reaches it can use the model. Set --api-key, or --host 127.0.0.1",
                 server_config.host,
             )
-        if server_config.ssl_keyfile and Path(server_config.ssl_keyfile).stat().st_mode & 0o077:
-            logger.warning("the TLS key can be read by other users of this machine; chmod 600 it")
+        for name, path in (("TLS key", server_config.ssl_keyfile), ("file of API keys", server_config.api_key_file)):
+            if path is not None and Path(path).stat().st_mode & 0o077:
+                logger.warning("the %s can be read by other users of this machine; chmod 600 it", name)
         progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
         engine = (make_engine or _make_engine)(engine_config, progress)
         texts = ProcessPool()
         stack.callback(texts.close)
-        app = create_app(engine, server_config, texts, names=_names(engine_config), callers=callers)
+        app = create_app(engine, server_config, texts, names=_names(engine_config), callers=callers, keys=keys)
         http = _http(app, server_config, callers)
-        life = _Life(engine, app.state.service, texts, http, url_of(listener, server_config))
+        life = _Life(engine, app.state.service, texts, http, url_of(listener, server_config), needs_key=bool(keys))
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
             code = runner.run(life.live(listener))
         _leave(life, log, code)
@@ -124,17 +126,19 @@ class _Life:
         texts: Prepares calls; not loaded yet.
         http: Not started yet.
         url: For the ready line.
+        needs_key: Likewise.
 
     Attributes:
         engine_stopped: Whether the engine's thread has ended.
     """
 
-    def __init__(self, engine: AsyncEngine, service: Service, texts: ProcessPool, http: _Http, url: str) -> None:
+    def __init__(self, engine: AsyncEngine, service: Service, texts: ProcessPool, http: _Http, url: str, *, needs_key: bool) -> None:
         self._engine = engine
         self._service = service
         self._texts = texts
         self._http = http
         self._url = url
+        self._needs_key = needs_key
         self._signals = 0
         self._signalled = asyncio.Event()
         self._hurried = asyncio.Event()
@@ -237,7 +241,7 @@ class _Life:
         name = self._service.names(info)[0]
         logger.info("ready     %s  (/v1 OpenAI · /health · /metrics)  in %.1f s", self._url, seconds)
         config = self._service.config
-        key = ' -H "Authorization: Bearer $API_KEY"' if any(config.api_key) else ""
+        key = ' -H "Authorization: Bearer $API_KEY"' if self._needs_key else ""
         where = f"--unix-socket {config.uds} http://localhost" if config.uds else self._url
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a page?"}], "stream": True})
         logger.info("try       curl -N %s/v1/chat/completions -H 'Content-Type: application/json'%s -d '%s'", where, key, body)

@@ -229,7 +229,6 @@ async def _complete(prepared: PreparedGeneration) -> tuple[list[Request], list[C
             count = 0
         requests.append(dataclasses.replace(prompt.request, prompt=token_ids))
         for sample in range(prepared.params.n):
-            choice = Choice(index=i * prepared.params.n + sample, prompt_token_ids=token_ids, prompt_text=prompt.text)
-            choice.prompt_first = prompt.first
-            choices.append(choice)
+            index = i * prepared.params.n + sample
+            choices.append(Choice(index=index, prompt_token_ids=token_ids, echo=prompt.echo, first_token=prompt.first_token))
     return requests, choices

@@ -8,7 +8,7 @@ import pytest
 from fakes import FakeRunner, first_cell, golden_beams, golden_tokens
 from scheduling.simulation import make_request, make_scheduler
 
-from jaxpaged.engine.engine import MAX_FAILURES, Engine
+from jaxpaged.engine.engine import MAX_UNPLANNED, Engine
 from jaxpaged.errors import EngineStopped
 from jaxpaged.scheduling.pages import OutOfPages, PageAllocator
 from jaxpaged.scheduling.request import FinishReason
@@ -121,10 +121,41 @@ def test_some_allocations_in_a_row_fail():
 
 
 def test_an_engine_that_can_never_plan_gives_up():
+    """Though whoever is first in line is blamed, and ended."""
     engine, failing = make_engine(lambda count: True, random.Random(0), 1)
-    engine.add(make_request("a", 3, 3))
-    with pytest.raises(EngineStopped, match="steps failed in a row"):
-        for _ in range(MAX_FAILURES + 1):
-            engine.step()
-    assert failing.count == MAX_FAILURES + 1
+    for name in "ab":
+        engine.add(make_request(name, 3, 3))
+    ended = []
+    with pytest.raises(EngineStopped, match="steps in a row could not be planned"):
+        for _ in range(MAX_UNPLANNED + 1):
+            ended += engine.step()
+    assert failing.count == MAX_UNPLANNED + 1
+    assert [(event.request_id, event.error_code) for event in ended] == [("a", "internal_error")]
     engine.scheduler.check()
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_request_that_can_never_be_planned_beyond_a_point_ends_alone(depth):
+    """The steps between are good, so that the failures are not in a row: without a culprit they would come back for ever."""
+    engine, _ = make_engine(lambda count: False, random.Random(0), depth)
+    take = engine.scheduler.pages.take
+
+    def failing(count):
+        if count and any(sequence.request.id == "bad" and sequence.num_output > 2 for sequence in engine.scheduler.running):
+            raise OutOfPages("planted")
+        return take(count)
+
+    engine.scheduler.pages.take = failing
+    requests = [make_request(name, 3, 8, seed=i) for i, name in enumerate(("good", "bad", "other"))]
+    for request in requests:
+        engine.add(request)
+    tokens, errors = {request.id: [] for request in requests}, {}
+    for _ in range(500):
+        for event in engine.step() if engine.has_work else ():
+            tokens[event.request_id] += event.token_ids
+            if event.error_code:
+                errors[event.request_id] = event.error_code
+        engine.scheduler.check()
+    assert not engine.has_work
+    assert errors == {"bad": "internal_error"}
+    assert {name: tokens[name] for name in ("good", "other")} == {r.id: expected(r)[r.id, 0] for r in requests if r.id != "bad"}

@@ -13,6 +13,7 @@ from server_fakes import byte_tokenizer, model_config
 
 from jaxpaged.config import EngineConfig
 from jaxpaged.engine import async_engine as module
+from jaxpaged.engine import recovery
 from jaxpaged.engine.async_engine import AsyncEngine
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.startup import LoadedEngine
@@ -172,6 +173,9 @@ def test_the_prefix_cache_is_parted_by_tenant_and_can_be_reset():
             await engine.reset_prefix_cache()
             assert engine.stats().pages_cached == 0
             assert [await cached(tenant) for tenant in ("a", "b", "a")] == [{0}, {0}, {12}]
+            await engine.reset_prefix_cache("a")
+            assert engine.stats().pages_cached > 0
+            assert [await cached(tenant) for tenant in ("a", "b", "a")] == [{0}, {12}, {12}]
 
     asyncio.run(main())
 
@@ -362,7 +366,9 @@ def test_a_dying_thread_ends_every_stream():
             streams = [engine.submit(make(f"r{i}", [1], max_tokens=400)) for i in range(12)]
             await anext(streams[0])
             engine._engine.scheduler.schedule = lambda: 1 // 0  # a bug of ours
-            for stream in streams:
+            last = [event async for event in streams[0]][-1]  # the first in line is blamed, until it shows that it is not alone
+            assert last.error_code == "internal_error"
+            for stream in streams[1:]:
                 with pytest.raises(EngineStopped, match="ZeroDivisionError"):
                     await asyncio.wait_for(tokens_of(stream), 5)
             assert engine.status.state == "failed" and "ZeroDivisionError" in engine.status.detail
@@ -379,7 +385,7 @@ def test_failed_steps_show_as_recovering_and_streams_go_on():
         runner.fails = lambda plan: plan.step in (5, 8)
         async with Served(runner) as engine:
             reset = runner.reset
-            runner.reset = lambda: (states.append(engine.status.state), reset())
+            runner.reset = lambda token_bucket: (states.append(engine.status.state), reset())
             request = make("a", [1, 2, 3], max_tokens=30)
             assert await tokens_of(engine.submit(request)) == expected_tokens(request)
             assert states == ["recovering", "recovering"]
@@ -388,19 +394,64 @@ def test_failed_steps_show_as_recovering_and_streams_go_on():
     asyncio.run(main())
 
 
-def test_a_device_that_is_gone_fails_the_engine():
-    async def main():
-        runner = SlowRunner()
-        runner.fails = lambda plan: plan.step == 5
+def broken_runner(*, resets):
+    """A device whose fifth step fails, and as many resets after it."""
+    runner = SlowRunner()
+    runner.fails = lambda plan: plan.step == 5
+    left, reset = [resets], runner.reset
 
-        def reset():
+    def failing(token_bucket):
+        left[0] -= 1
+        if left[0] >= 0:
             raise DeviceFault("gone")
+        reset()
 
-        runner.reset = reset
-        async with Served(runner, clean=False) as engine:
+    runner.reset = failing
+    return runner
+
+
+def test_a_device_that_is_gone_fails_the_engine(monkeypatch):
+    monkeypatch.setattr(recovery, "RESET_PAUSES_S", (0.01, 0.02))
+
+    async def main():
+        async with Served(broken_runner(resets=3), clean=False) as engine:
             with pytest.raises(EngineStopped, match="gone"):
                 await tokens_of(engine.submit(make("a", [1], max_tokens=30)))
             assert engine.status.state == "failed"
+
+    asyncio.run(main())
+
+
+def test_while_the_device_is_away_aborts_are_taken_and_no_client_is_needed_to_be_ready_again(monkeypatch):
+    monkeypatch.setattr(recovery, "RESET_PAUSES_S", (0.3,))
+
+    async def main():
+        async with Served(broken_runner(resets=1)) as engine:
+            stream = engine.submit(make("a", [1], max_tokens=30))
+            await eventually(lambda: engine.status.state == "recovering")
+            assert not engine.status.ready
+            engine.abort("a")
+            await tokens_of(stream)
+            assert engine.status.state == "recovering" and engine.status.running == engine.status.waiting == 0
+            await eventually(lambda: engine.status.ready)
+            request = make("b", [1, 2, 3], max_tokens=30)
+            assert await tokens_of(engine.submit(request)) == expected_tokens(request)
+
+    asyncio.run(main())
+
+
+def test_stopping_does_not_wait_for_a_device_that_is_away(monkeypatch):
+    monkeypatch.setattr(recovery, "RESET_PAUSES_S", (600.0,))
+
+    async def main():
+        async with Served(broken_runner(resets=1), clean=False) as engine:
+            stream = engine.submit(make("a", [1], max_tokens=30))
+            await eventually(lambda: engine.status.state == "recovering")
+            started = time.monotonic()
+            engine.stop()
+            assert time.monotonic() - started < 5 and engine.status.state == "stopped"
+            with pytest.raises(EngineStopped):
+                await tokens_of(stream)
 
     asyncio.run(main())
 

@@ -175,6 +175,15 @@ def decode(runner, request, pages, *, after, **more):
     return runner.dispatch(plan_of(Work(sequence, count, 1, True, False, 1), **more)).read()
 
 
+def test_a_reset_runs_the_program_that_failed_on_padding(small, monkeypatch):
+    runner, tried = small.runner, []
+    run = runner._run
+    monkeypatch.setattr(runner, "_run", lambda inputs: (tried.append((inputs.num_tokens, int(inputs.flags.sum()))), run(inputs))[1])
+    for bucket in (*BUCKETS, None):
+        runner.reset(bucket)
+    assert tried == [*((bucket, 0) for bucket in BUCKETS), (BUCKETS[0], 0)]
+
+
 def test_pages_that_moved_to_the_host_and_back_or_were_copied_hold_the_same(small):
     request = make("a", range(3, 16), temperature=0.0, logprobs=3)
     expected = decode(small.runner, request, [4, 5], after=[4, 5])

@@ -1,6 +1,9 @@
 """Properties of text: streaming adds up to decoding, stop strings are found as in the full text, whatever the pieces."""
 
+import codecs
 import dataclasses
+import itertools
+import json
 import pickle
 import random
 
@@ -9,12 +12,13 @@ import tokenizers
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tokenizers import decoders, models, normalizers
+from tokenizers import decoders, models, normalizers, processors
 
 from jaxpaged.config import TINY_MODEL
-from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, StopStrings
+from jaxpaged.engine import tokenizer as tokenizer_module
+from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, PromptText, StopStrings
 from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
 from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 
@@ -127,6 +131,95 @@ def test_a_prompt_that_ends_in_half_a_character_is_completed_by_the_output(tiny)
 
 
 # ------------------------------------------------------------------------------------------------------------- stop strings
+
+
+# ------------------------------------------------------------------------------------------------------------ where a token's text begins
+
+
+def text_before(tokenizer, ids, skipped=frozenset()):
+    """Characters that are complete once ``ids`` are there: the whole text anew for each prefix, without any state."""
+    pieces = [tokenizer.token_bytes(i) for i in ids if i not in skipped]
+    if pieces and tokenizer.strips_first_space:
+        pieces[0] = pieces[0].removeprefix(b" ")
+    return codecs.getincrementaldecoder("utf-8")("replace").decode(b"".join(pieces))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
+def test_a_prompts_tokens_begin_where_the_text_before_them_ends(request, kind):
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(3)
+    for case in range(800):
+        ids = [rng.randrange(tokenizer.vocab_size + 2) for _ in range(rng.randrange(1, 12))]
+        if case % 2:
+            ids = [*ids[:1], *tokenizer.encode("".join(rng.choice("aé日👍🇩 ") for _ in range(5)), add_special_tokens=False), *ids[1:2]]
+        prompt = PromptText.decode(ids, tokenizer)
+        assert prompt.text == text_before(tokenizer, ids)
+        assert list(prompt.offsets) == [len(text_before(tokenizer, ids[:i])) for i in range(len(ids))]
+        assert list(prompt.offsets) == sorted(prompt.offsets)
+        whole = tokenizer.decode(ids, skip_special_tokens=False)
+        assert whole.startswith(prompt.text.rstrip("\ufffd"))
+
+
+@pytest.mark.parametrize("kind", ["tiny", "sentencepiece"])
+@pytest.mark.parametrize("skip", [True, False])
+def test_an_outputs_tokens_begin_where_the_text_before_them_ends(request, kind, skip):
+    """However the tokens are cut into events, whatever is held back for a stop string."""
+    tokenizer = request.getfixturevalue(kind)
+    rng = random.Random(4)
+    skipped = tokenizer.special_token_ids if skip else frozenset()
+    for case in range(400):
+        ids = [rng.randrange(tokenizer.vocab_size) for _ in range(rng.randrange(1, 12))]
+        if case % 2:
+            ids = [*ids[:1], *tokenizer.encode("".join(rng.choice("aé日👍🇩 ") for _ in range(5)), add_special_tokens=False), *ids[1:2]]
+        stop = ["\u0000never", "never"] if case % 3 else None
+        asked = request_with(prompt=tuple(tokenizer.encode("a", add_special_tokens=False)), logprobs=0, skip_special_tokens=skip, stop=stop)
+        processor = OutputProcessor(asked, tokenizer)
+        entries = tuple(TokenLogprobs(token_id, -1.0, 1, ()) for token_id in ids)
+        group, found, text = rng.randrange(1, 4), [], ""
+        for at in range(0, len(ids), group):
+            last = FinishReason.LENGTH if at + group >= len(ids) else None
+            delta = processor.process(TokenEvent("r", 0, tuple(ids[at : at + group]), entries[at : at + group], finish_reason=last))
+            found += [entry.offset for entry in delta.logprobs]
+            text += delta.text
+        before = [text_before(tokenizer, [*asked.prompt, *ids[:i]], skipped).removeprefix("a") for i in range(len(ids) + 1)]
+        assert found == [len(piece) for piece in before[:-1]]
+        emitted = [after.removeprefix(piece) for piece, after in itertools.pairwise(before)]
+        assert all(text[offset:].startswith(piece) for offset, piece in zip(found, emitted, strict=True))
+
+
+@pytest.mark.parametrize("include", [True, False])
+def test_the_tokens_of_a_stop_string_keep_their_places(tiny, include):
+    ids = [tiny.encode(letter)[0] for letter in "one two"]
+    asked = request_with(logprobs=0, stop=["two"], include_stop_str_in_output=include)
+    processor, found, text = OutputProcessor(asked, tiny), [], ""
+    for token_id in ids:
+        delta = processor.process(TokenEvent("r", 0, (token_id,), (TokenLogprobs(token_id, -1.0, 1, ()),)))
+        found += [entry.offset for entry in delta.logprobs]
+        text += delta.text
+    assert (text, found) == ("one two" if include else "one ", [0, 1, 2, 3, 4, 5, 6])
+
+
+def test_a_token_that_is_not_shown_begins_at_the_end(tiny):
+    ids = [*tiny.encode("日"), 2]
+    entries = tuple(TokenLogprobs(token_id, -1.0, 1, ()) for token_id in ids)
+    asked = request_with(logprobs=0, stop_token_ids=[2], skip_special_tokens=False)
+    delta = OutputProcessor(asked, tiny).process(TokenEvent("r", 0, tuple(ids), entries, finish_reason=FinishReason.STOP, stop_reason=2))
+    assert delta.text == "日"
+    assert [entry.offset for entry in delta.logprobs] == [0] * len(tiny.encode("日")) + [1]
+
+
+def test_the_tokenizers_own_additions_are_no_text(sentencepiece):
+    assert sentencepiece.num_added() == (0, 0)
+    for template, expected in (("<s> $A", (1, 0)), ("<s> $A </s>", (1, 1)), ("$A </s>", (0, 1))):
+        backend = tokenizers.Tokenizer.from_str(sentencepiece._plain.to_str())
+        backend.post_processor = processors.TemplateProcessing(single=template, special_tokens=[("<s>", 1), ("</s>", 2)])
+        tokenizer = Tokenizer(transformers.PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>"))
+        assert tokenizer.num_added() == expected
+        for text in ("the cat", " the", "日c", "c</s>"):
+            ids = tokenizer.encode(text)
+            prompt = PromptText.decode(ids, tokenizer, added=tokenizer.num_added())
+            assert prompt.text == text
+            assert len(prompt.offsets) == len(ids) and list(prompt.offsets) == sorted(prompt.offsets)
 
 
 def oracle(text, stops, include):
@@ -432,6 +525,22 @@ def test_ordinary_conversations_are_encoded_as_the_template_renders_them(tiny):
     assert tiny.apply_chat_template(messages) == tiny.encode(text, add_special_tokens=False)
 
 
+def test_a_script_made_for_vllm_finds_its_tokenizer(tiny):
+    hf, messages = transformers.AutoTokenizer.from_pretrained(TINY_MODEL), [{"role": "user", "content": "日本 <|im_end|> 👍"}]
+    for opened in (True, False):
+        text = hf.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened)
+        assert tiny.apply_chat_template(messages, tokenize=False, add_generation_prompt=opened) == text
+    template = "{{ messages[0].content }}{% if enable_thinking %}<think>{% endif %}{{ more }}"
+    rendered = tiny.apply_chat_template(
+        messages, tokenize=False, chat_template=template, enable_thinking=True, template_kwargs={"more": "<|im_end|>"}
+    )
+    assert rendered == "日本 <|im_end|> 👍<think><|im_end|>"
+    with pytest.raises(RequestError, match="'eos_token'"):
+        tiny.apply_chat_template(messages, tokenize=False, eos_token="x")
+    assert (tiny.bos_token_id, tiny.eos_token_id) == (hf.bos_token_id, hf.eos_token_id)
+    assert tiny.decode(5) == tiny.decode([5]) and tiny.decode(tiny.eos_token_id, skip_special_tokens=False) == tiny.eos_token
+
+
 def test_a_tokenizer_can_be_sent_to_another_process(tiny, sentencepiece):
     messages = [{"role": "user", "content": "<|im_end|> 日本 </s> <s>"}]
     for tokenizer in (tiny, sentencepiece):
@@ -490,3 +599,174 @@ def test_threads_share_a_tokenizer(tiny):
     with ThreadPoolExecutor(8) as threads:
         results = list(threads.map(lambda _: (tiny.apply_chat_template(messages), tiny.encode("abc " * 100)), range(64)))
     assert all(result == expected for result in results)
+
+
+# ------------------------------------------------------------------------------------------------------------ the tokenizer's files
+
+
+NAMED = {"bos_token": "<|im_start|>", "eos_token": "<|im_end|>"}
+DIGITS = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Digits", "individual_digits": True},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True},
+    ],
+}
+OPENING = {
+    "type": "TemplateProcessing",
+    "single": [{"SpecialToken": {"id": "<|im_start|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}}],
+    "pair": [{"Sequence": {"id": "A", "type_id": 0}}, {"Sequence": {"id": "B", "type_id": 1}}],
+    "special_tokens": {"<|im_start|>": {"id": "<|im_start|>", "ids": [1], "tokens": ["<|im_start|>"]}},
+}
+LOST = "a cat\n  had 1234 mice, and  $99"
+
+
+@pytest.fixture
+def write_tokenizer(tmp_path):
+    """Writes the tiny model's tokenizer with other values in its files."""
+
+    def write(config=None, *, vocab=None, added=None, **description):
+        content = json.loads((TINY_MODEL / "tokenizer.json").read_text())
+        content |= description
+        content["model"]["vocab"] |= vocab or {}
+        (tmp_path / "tokenizer.json").write_text(json.dumps(content))
+        own = json.loads((TINY_MODEL / "tokenizer_config.json").read_text())
+        (tmp_path / "tokenizer_config.json").write_text(json.dumps({**own, **(config or {})}))
+        if added is not None:
+            (tmp_path / "added_tokens.json").write_text(json.dumps(added))
+        return tmp_path
+
+    return write
+
+
+LABELS = [
+    "LlamaTokenizerFast",
+    "LlamaTokenizer",
+    "GPT2TokenizerFast",
+    "Qwen2Tokenizer",
+    "GemmaTokenizer",
+    "T5TokenizerFast",
+    "Nobody",
+    None,
+]
+
+
+@pytest.mark.parametrize("label", LABELS)
+def test_tokenizer_json_decides_and_not_the_class_that_is_named(write_tokenizer, label):
+    directory = write_tokenizer({"tokenizer_class": label, "add_prefix_space": True, **NAMED}, pre_tokenizer=DIGITS)
+    (directory / "config.json").write_text(json.dumps({"model_type": "llama", "architectures": ["LlamaForCausalLM"]}))
+    own, loaded = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json")), Tokenizer.load(directory)
+    for text in (LOST, *TEXTS, "<|im_start|>user"):
+        ids = loaded.encode(text)
+        assert ids == own.encode(text).ids
+        assert loaded.decode(ids, skip_special_tokens=False) == own.decode(ids, skip_special_tokens=False) == text
+        detokenizer = IncrementalDetokenizer(loaded, skip_special_tokens=False)
+        assert "".join(map(detokenizer.push, ids)) + detokenizer.flush() == text
+    (*_, said, end) = loaded.apply_chat_template([{"role": "user", "content": LOST}], add_generation_prompt=False)
+    assert (said, end) == (loaded.eos_token_id, *loaded.encode("\n"))
+    assert (loaded.bos_token, loaded.eos_token, loaded.eos_token_id) == ("<|im_start|>", "<|im_end|>", 2)
+
+
+@pytest.mark.parametrize("adds", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": None, "add_eos_token": True}])
+def test_tokenizer_json_says_what_is_put_before_and_behind_a_text(write_tokenizer, adds):
+    plain = Tokenizer.load(write_tokenizer({**NAMED, **adds})).encode("hi")
+    assert Tokenizer.load(write_tokenizer({**NAMED, **adds}, post_processor=OPENING)).encode("hi") == [1, *plain]
+    assert Tokenizer.load(write_tokenizer({**NAMED, **adds}, post_processor=OPENING)).encode("hi", add_special_tokens=False) == plain
+
+
+def test_truncation_and_padding_of_the_file_are_left_out(write_tokenizer, tiny):
+    cut = {"truncation": {"direction": "Right", "max_length": 2, "strategy": "LongestFirst", "stride": 0}}
+    pad = {"strategy": {"Fixed": 64}, "direction": "Right", "pad_to_multiple_of": None, "pad_id": 0, "pad_type_id": 0, "pad_token": "x"}
+    assert Tokenizer.load(write_tokenizer(**cut, padding=pad)).encode(LOST) == tiny.encode(LOST)
+
+
+def added(text, **flags):
+    return {"content": text, "lstrip": False, "rstrip": False, "normalized": False, "single_word": False, "special": True, **flags}
+
+
+def test_tokens_that_tokenizer_json_does_not_know_come_behind_it(write_tokenizer, tiny):
+    size = tiny.vocab_size
+    config = {"bos_token": "<new>", "added_tokens_decoder": {str(size): added("<named>"), str(size + 1): added("<think>", special=False)}}
+    loaded = Tokenizer.load(write_tokenizer(config))
+    ids = loaded.encode("<named><think>hi<new>")
+    assert ids == [size, size + 1, *tiny.encode("hi"), size + 2]
+    assert loaded.decode(ids) == "<think>hi"
+    assert loaded.decode(ids, skip_special_tokens=False) == "<named><think>hi<new>"
+    assert loaded.bos_token == "<new>"
+    assert Tokenizer.load(write_tokenizer(added={"<more>": size})).encode("<more>") == [size]
+
+
+def test_a_word_of_the_vocabulary_may_be_named_as_special(write_tokenizer, tiny):
+    (word,) = tiny.encode(" the")
+    loaded = Tokenizer.load(write_tokenizer({"eos_token": tiny._plain.id_to_token(word)}))
+    assert loaded.eos_token_id == word
+    assert loaded.decode([*tiny.encode("end"), word]) == "end"
+
+
+@pytest.mark.parametrize("file", ["tokenizer_config.json", "added_tokens.json"])
+def test_a_token_with_two_ids_is_refused_with_both(write_tokenizer, tiny, file):
+    size = tiny.vocab_size
+    if file == "added_tokens.json":
+        directory = write_tokenizer(added={"<far>": 5000})
+    else:
+        directory = write_tokenizer({"added_tokens_decoder": {"5000": added("<far>")}})
+    with pytest.raises(CheckpointError, match=rf"{file}: token '<far>' has id 5000, but tokenizer.json gives it {size}"):
+        Tokenizer.load(directory)
+
+
+@pytest.mark.parametrize("token_id", [2**22, 2**31 - 1])
+def test_an_id_that_no_model_has_is_refused_before_memory_is_taken_for_it(write_tokenizer, token_id):
+    directory = write_tokenizer(vocab={"zzqq": token_id})
+    with pytest.raises(CheckpointError, match=f"'zzqq' has id {token_id:,}; ids up to 4,194,303 are supported"):
+        Tokenizer.load(directory)
+
+
+def test_a_directory_without_tokenizer_json_is_converted_or_refused(write_tokenizer, tiny):
+    directory = write_tokenizer({"tokenizer_class": "GPT2Tokenizer"})
+    model = json.loads((directory / "tokenizer.json").read_text())["model"]
+    (directory / "tokenizer.json").unlink()
+    with pytest.raises(CheckpointError, match=r"no tokenizer\.json .*, and not all of merges\.txt, vocab\.json to make it of$"):
+        Tokenizer.load(directory)
+    (directory / "vocab.json").write_text(json.dumps(model["vocab"]))
+    (directory / "merges.txt").write_text("\n".join(" ".join(pair) for pair in model["merges"]))
+    loaded = Tokenizer.load(directory)
+    assert loaded.encode("the cat sat") == tiny.encode("the cat sat")
+    assert loaded.decode(loaded.encode(LOST)) == LOST
+
+
+HOSTILE = {
+    "type": "Sequence",
+    "pretokenizers": [
+        {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False},
+        {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False},
+    ],
+}
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_that_text_alone(write_tokenizer, tiny):
+    loaded = Tokenizer.load(write_tokenizer(pre_tokenizer=HOSTILE))
+    for encode in (loaded.encode, lambda text: loaded.apply_chat_template([{"role": "user", "content": text}])):
+        for text in ("x" * 60, "<|im_end|>" + "x" * 60):
+            with pytest.raises(RequestError, match=r"^this model's tokenizer cannot encode this text: .*retry-limit") as caught:
+                encode(text)
+            assert caught.value.code == "tokenizer_failed"
+        assert encode("cat")
+
+
+@pytest.fixture(scope="module")
+def panic():
+    """What tokenizers raises where its Rust code panics."""
+    splitter = tokenizers.Tokenizer(models.BPE())
+    splitter.pre_tokenizer = tokenizers.pre_tokenizers.Split(tokenizers.Regex("(x+x+)+y"), "isolated")
+    with pytest.raises(BaseException, match="retry-limit") as caught:
+        splitter.encode("x" * 60)
+    assert not isinstance(caught.value, Exception)
+    return caught.value
+
+
+def test_a_panic_while_loading_is_an_error_of_the_files_and_an_interrupt_is_none(write_tokenizer, monkeypatch, panic):
+    directory = write_tokenizer()
+    for error, expected in ((panic, CheckpointError), (KeyboardInterrupt(), KeyboardInterrupt)):
+        monkeypatch.setattr(tokenizer_module, "read_json", lambda path, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(expected):
+            Tokenizer.load(directory)

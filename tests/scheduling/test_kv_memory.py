@@ -12,6 +12,7 @@ from scheduling.simulation import make_request
 
 from jaxpaged.scheduling.kv_memory import KVMemory
 from jaxpaged.scheduling.pages import NULL_PAGE
+from jaxpaged.scheduling.prefix_cache import tenant_mark
 from jaxpaged.scheduling.request import Group, Sequence
 
 MOST_GROUPS = 3
@@ -114,11 +115,11 @@ class Model:
         while len(sequence.tokens) < end:
             self.fresh += 1
             sequence.tokens.append(self.fresh % 3)
-        known = self.num_known()
+        known = len(self.known())
         room = self.memory.host.pages.num_free - self.memory.host.pages.num_cached if self.memory.host else 0
         self.memory.grow(sequence, end)
         if room >= 3 + self.memory.num_pages(end):
-            assert self.num_known() >= known, "a page was evicted and not moved to host memory, though there is room"
+            assert len(self.known()) >= known, "a page was evicted and not moved to host memory, though there is room"
         for at in range(sequence.num_computed // self.size, -(-end // self.size)):
             assert not self.memory.pages.is_kept(sequence.page_ids[at]), "a page that others can find is written"
         self.rows[sequence] = (sequence.num_computed, end)
@@ -206,11 +207,13 @@ class Model:
         child.page_keys.clear()
         self.memory.follow(child, parent)
 
-    def reset(self) -> None:
-        """Everything that is cached is forgotten."""
-        self.memory.reset_prefix_cache()
-        assert self.num_known() == 0
-        assert self.memory.pages.num_cached == 0
+    def reset(self, tenant: str | None = None) -> None:
+        """Everything that is cached, or all of one tenant, is forgotten, and nothing else."""
+        known = self.known()
+        self.memory.reset_prefix_cache(tenant)
+        assert self.known() == {key for key in known if tenant is not None and not key.startswith(tenant_mark(tenant))}
+        if tenant is None:
+            assert self.memory.pages.num_cached == 0
 
     def lose(self) -> None:
         """A step failed and took the pool with it."""
@@ -263,10 +266,10 @@ class Model:
             count += self.size
         return count
 
-    def num_known(self) -> int:
-        """Returns how many texts are known, here or there."""
+    def known(self) -> set[bytes]:
+        """Returns the keys of the texts that are known, here or there."""
         tiers = [tier for tier in (self.memory.device, self.memory.host) if tier is not None]
-        return len(set().union(*(tier._page_of for tier in tiers)))
+        return set().union(*(tier._page_of for tier in tiers))
 
     def verify(self) -> None:
         """Verifies the books, and every cell of every sequence that it can still see."""
@@ -365,9 +368,9 @@ class KVMemoryMachine(RuleBasedStateMachine):
     def leave_window(self, data, index):
         self.model.leave_window(self.draw_group(data), index)
 
-    @rule()
-    def reset(self):
-        self.model.reset()
+    @rule(tenant=st.sampled_from((None, "a", "b")))
+    def reset(self, tenant):
+        self.model.reset(tenant)
 
     @rule()
     def lose(self):

@@ -522,7 +522,7 @@ class KeyWithoutParent(KVMemory):
 
     def _keys(self, sequence: Sequence) -> list[bytes]:
         size, tokens = self.page_size, sequence.tokens
-        start = partition_key(("tenant", sequence.request.tenant))
+        start = partition_key(sequence.request.tenant)
         for at in range(len(sequence.page_keys), len(tokens) // size):
             sequence.page_keys.append(next_key(start, tokens[at * size : (at + 1) * size]))
         return sequence.page_keys
@@ -586,9 +586,9 @@ class EvictedPageIsFound(PrefixCache):
 class ResetFreesWhatIsRead(KVMemory):
     """Forgetting the prefix cache frees its pages, those that are read, too."""
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self, tenant: str | None = None) -> None:
         read = [page_id for page_id in self.device._key_of if self.pages.reference_count(page_id)]
-        super().reset_prefix_cache()
+        super().reset_prefix_cache(tenant)
         self.pages.release(read)
 
 

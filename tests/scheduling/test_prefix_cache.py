@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from scheduling.simulation import make_request
 
 from jaxpaged.scheduling.kv_memory import KVMemory
-from jaxpaged.scheduling.prefix_cache import PrefixCache, extend_keys, next_key, partition_key
+from jaxpaged.scheduling.prefix_cache import PrefixCache, extend_keys, next_key, partition_key, tenant_mark
 from jaxpaged.scheduling.request import Group, Sequence
 
-START = partition_key(("tenant", ""), ("prompt length", ""))
+START = partition_key("", ("prompt length", ""))
 
 
 def keys_of(tokens, size: int = 2, start: bytes = START) -> list[bytes]:
@@ -86,7 +86,8 @@ FIELDS = st.lists(st.tuples(st.text(max_size=4), st.text(max_size=6)), max_size=
 @settings(derandomize=True, max_examples=300)
 @given(FIELDS, FIELDS)
 def test_partitions_are_the_same_only_if_all_fields_are(first, second):
-    assert (partition_key(*first) == partition_key(*second)) == (first == second)
+    assert (partition_key("", *first) == partition_key("", *second)) == (first == second)
+    assert partition_key("a", *first) != partition_key("b", *second)
 
 
 @pytest.mark.parametrize(
@@ -102,11 +103,11 @@ def test_partitions_are_the_same_only_if_all_fields_are(first, second):
     ],
 )
 def test_what_looks_alike_when_written_in_a_row_is_not(first, second):
-    assert partition_key(*first) != partition_key(*second)
+    assert partition_key("", *first) != partition_key("", *second)
 
 
 def test_a_partition_is_no_page():
-    assert partition_key(("parent", "x"), ("tokens", "")) != next_key(b"y", [])
+    assert partition_key("", ("parent", "x"), ("tokens", "")) != next_key(START, [])
 
 
 def test_tenants_and_prompt_lengths_share_nothing():
@@ -173,6 +174,41 @@ def test_forgetting_and_clearing_leave_readers_their_pages():
     cache.clear()
     assert (len(cache), cache.pages.num_cached, cache.pages.num_free, cache.pages.reference_count(read)) == (0, 0, 2, 1)
     cache.pages.check([[read]])
+
+
+@pytest.mark.parametrize("places", [0, 20])
+def test_a_reset_for_one_tenant_forgets_what_is_his_on_the_device_and_in_host_memory_and_nothing_else(places):
+    memory = KVMemory(num_pages=11, page_size=2, num_host_pages=places)
+    tenants = ("", "a", "b")
+    running = {tenant: make_sequence([1, 2, 3, 4, 5, 6], tenant=tenant) for tenant in tenants}
+    for sequence in running.values():
+        compute(memory, sequence)
+    memory.release(running["a"])
+    memory.release(running["b"])
+    if places:  # what is not read is moved to host memory, and forgotten there
+        memory.pages.release(memory.pages.take(memory.pages.num_free))
+    free = memory.pages.num_free
+    memory.reset_prefix_cache("a")
+    assert [cached_tokens(memory, [1, 2, 3, 4, 5, 6], tenant=tenant) for tenant in tenants] == [6, 0, 6]
+    memory.reset_prefix_cache("nobody")
+    memory.reset_prefix_cache("")  # its text is read by a sequence that runs, and stays its own
+    assert [cached_tokens(memory, [1, 2, 3, 4, 5, 6], tenant=tenant) for tenant in tenants] == [0, 0, 6]
+    assert memory.pages.num_free >= free
+    memory.release(running[""])
+    assert memory.pages.num_cached == 3  # those of b
+    memory.reset_prefix_cache()
+    assert (len(memory.device), memory.pages.num_free) == (0, 10)
+
+
+def test_two_tenants_pages_have_no_mark_in_common():
+    lengths = [(("prompt length", length),) for length in ("", "4", "5")]
+    keys = {
+        tenant: [key for length in lengths for key in keys_of([1, 2, 3, 4], start=partition_key(tenant, *length))]
+        for tenant in ("", "a", "b", "ab", "tenant")
+    }
+    for tenant, own in keys.items():
+        assert all(key.startswith(tenant_mark(tenant)) == (other == tenant) for other, others in keys.items() for key in others)
+        assert len({len(key) for key in own}) == 1
 
 
 # ---------------------------------------------------------------------------------------------------------- order of leaving

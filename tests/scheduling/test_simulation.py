@@ -105,9 +105,9 @@ class SchedulerMachine(RuleBasedStateMachine):
         beams = {"use_beam_search": True, "beam_width": width, "early_stopping": early, "temperature": 0.0}
         self.world.add(make_request(f"r{self.number}", prompt, max_tokens, topic=1, eos=(0, 1), **beams))
 
-    @rule()
-    def reset_prefix_cache(self):
-        self.world.scheduler.reset_prefix_cache()
+    @rule(tenant=st.sampled_from((None, "a", "b")))
+    def reset_prefix_cache(self, tenant):
+        self.world.scheduler.reset_prefix_cache(tenant)
         self.world.verify()
 
     @precondition(lambda self: self.world.samples)

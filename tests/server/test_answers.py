@@ -1,13 +1,15 @@
 """Golden bodies and event streams: what a client reads, to the letter."""
 
+import dataclasses
 import json
 
 import pytest
-from server_fakes import byte_tokenizer, replace_info
-from server_harness import events_of
+from server_fakes import FakeAsyncEngine, byte_tokenizer, replace_info
+from server_harness import GOOD, events_of
 
-from jaxpaged.config import ServerConfig
+from jaxpaged.config import TINY_MODEL, ServerConfig
 from jaxpaged.engine.output import TokenText
+from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.server.render import Choice, Label, Renderer, Usage
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
@@ -200,7 +202,7 @@ def test_cached_tokens_are_counted_whole_and_streamed(client, path, body):
     expected = [3, 2 + 6] if "prompt" in body else [0, 20]
     streaming = {"stream": True, "stream_options": {"include_usage": True, "continuous_usage_stats": True}}
     assert [client.post(path, body).json()["usage"]["prompt_tokens_details"]["cached_tokens"] for _ in range(2)] == expected
-    assert client.post("/reset_prefix_cache", {}).json() == {"status": "ok"}
+    assert client.post("/reset_prefix_cache", {}).json() == {"status": "ok", "reset": "all"}
     for cached in expected:
         events = events_of(client.post(path, body | streaming).text)[:-1]
         counts = [event["usage"]["prompt_tokens_details"]["cached_tokens"] for event in events]
@@ -248,6 +250,74 @@ def test_completion_logprobs_with_echo(client):
         for name, values in (event["choices"][0]["logprobs"] or {}).items():
             streamed[name] += values
     assert (text, streamed) == ("heyhe", choice["logprobs"])
+
+
+ECHOED = {
+    "words": ("hey you", {}),
+    "an emoji": ("a🙂b日", {}),
+    "half a character": (lambda encode: encode("a🙂")[:3], {}),
+    "ids of special tokens": (lambda encode: encode("<|endoftext|>hi<|im_start|>you<|im_end|>"), {"ignore_eos": True}),
+    "special tokens in a text": ("<|im_start|>hé<|im_end|>", {"ignore_eos": True}),
+    "special tokens shown": ("<|im_start|>hé<|im_end|>", {"ignore_eos": True, "skip_special_tokens": False}),
+    "a stop string": ("one 🙂 two", {"stop": "🙂 t"}),
+    "a stop string that is kept": ("one 🙂 two", {"stop": "🙂 t", "include_stop_str_in_output": True}),
+    "several": ("a🙂", {"n": 3}),
+    "the best of several": ("a🙂", {"best_of": 3, "n": 2}),
+    "several prompts": (lambda encode: [encode("a🙂"), encode("日")[:2]], {"n": 2}),
+    "the last of it": ("🙂🙂🙂", {"truncate_prompt_tokens": 6}),
+    "the prompt alone": ("a🙂b", {"max_tokens": 0}),
+}
+
+
+@pytest.mark.parametrize("echo", [True, False])
+@pytest.mark.parametrize(("prompt", "more"), ECHOED.values(), ids=ECHOED)
+def test_text_offsets_are_where_the_tokens_text_begins(client, prompt, more, echo):
+    """In streams as in whole answers: offsets never fall, and the text from there on is what the tokens from there on say."""
+    tokenizer = client.engine.info.tokenizer
+    prompt = prompt if isinstance(prompt, str) else prompt(tokenizer.encode)
+    body = {"model": "echo", "prompt": prompt, "echo": echo, "logprobs": 0, "max_tokens": 40, "return_token_ids": True, **more}
+    choices = client.post("/v1/completions", body).json()["choices"]
+    for choice in choices:
+        offsets, ids = choice["logprobs"]["text_offset"], (choice["prompt_token_ids"] if echo else []) + choice["token_ids"]
+        assert offsets == sorted(offsets) and len(offsets) == len(ids) == len(choice["logprobs"]["tokens"])
+        for token_id, offset, end in zip(ids, offsets, [*offsets[1:], None][: len(ids)], strict=True):
+            own, piece = tokenizer.token_text(token_id), choice["text"][offset:end]
+            # Nothing where it is left out, or cut off with a stop string; half a character that it ends shows before it.
+            assert "\ufffd" in own or piece.lstrip("\ufffd") in (own, "")
+    if "best_of" not in more:
+        streamed = {}
+        for event in events_of(client.post("/v1/completions", body | {"stream": True}).text)[:-1]:
+            for piece in event["choices"]:
+                seen = streamed.setdefault(piece["index"], {"text": "", "text_offset": [], "tokens": []})
+                seen["text"] += piece["text"]
+                for name in ("text_offset", "tokens"):
+                    seen[name] += (piece["logprobs"] or {name: []})[name]
+        assert [streamed[choice["index"]] for choice in choices] == [
+            {"text": choice["text"], **{name: choice["logprobs"][name] for name in ("text_offset", "tokens")}} for choice in choices
+        ]
+
+
+def test_offsets_behind_an_emoji_and_behind_special_tokens(client):
+    body = {"model": "echo", "logprobs": 0, "echo": True, "max_tokens": 2}
+    choice = client.post("/v1/completions", body | {"prompt": "a🙂b"}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("a🙂ba\ufffd", [0, 1, 1, 1, 1, 2, 3, 4])
+    choice = client.post("/v1/completions", body | {"prompt": "<|im_start|>a"}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("<|im_start|>aa", [0, 12, 13, 13])
+    choice = client.post("/v1/completions", body | {"prompt": "<|im_start|>a", "skip_special_tokens": False}).json()["choices"][0]
+    assert (choice["text"], choice["logprobs"]["text_offset"]) == ("<|im_start|>a<|im_start|>a", [0, 12, 13, 25])
+
+
+def test_echo_is_the_same_with_and_without_logprobs(client):
+    for prompt, more in ECHOED.values():
+        if isinstance(prompt, str) and "best_of" not in more:
+            body = {"model": "echo", "prompt": prompt, "echo": True, **more}
+            texts = [
+                [choice["text"] for choice in client.post("/v1/completions", body | asked).json()["choices"]]
+                for asked in ({}, {"logprobs": 1})
+            ]
+            assert texts[0] == texts[1]
+            if "truncate_prompt_tokens" not in more:
+                assert all(text.startswith(prompt) for text in texts[0])
 
 
 def test_the_chosen_token_is_always_among_the_top_ones(client):
@@ -573,3 +643,58 @@ def test_small_routes(client):
     assert client.request("POST", "/ping").status_code == 200
     health = client.request("GET", "/health").json()
     assert set(health) == {"status", "running", "waiting", "last_step_age_s"}
+
+
+# ------------------------------------------------------------------------------------------------- what the tokenizer's files say
+
+TINY_VOCAB = 2048
+
+
+@pytest.fixture
+def with_tokenizer(tmp_path, make_client):
+    """Makes a client of a server whose tokenizer is the tiny model's with other values in its files."""
+
+    def make(pre_tokenizer, **config):
+        for name, more in (("tokenizer.json", {"pre_tokenizer": pre_tokenizer}), ("tokenizer_config.json", config)):
+            (tmp_path / name).write_text(json.dumps({**json.loads((TINY_MODEL / name).read_text()), **more}))
+        engine = FakeAsyncEngine()
+        model = dataclasses.replace(engine.info.model_config, vocab_size=TINY_VOCAB)
+        replace_info(engine, tokenizer=Tokenizer.load(tmp_path), model_config=model, eos_token_ids=())
+        return make_client(engine)
+
+    return make
+
+
+BYTE_LEVEL = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True}
+
+
+@pytest.mark.parametrize("label", ["LlamaTokenizerFast", "Qwen2Tokenizer"])
+def test_a_mislabelled_tokenizer_loses_nothing_anywhere(with_tokenizer, label):
+    digits = {"type": "Digits", "individual_digits": True}
+    client = with_tokenizer({"type": "Sequence", "pretokenizers": [digits, {**BYTE_LEVEL, "use_regex": True}]}, tokenizer_class=label)
+    text = "two  cats,\n\n 1234 mice "
+    whole = client.post("/v1/completions", {**GOOD, "prompt": text, "max_tokens": 99}).json()
+    assert whole["choices"][0]["text"] == text
+    (*chunks, done) = events_of(client.post("/v1/completions", {**GOOD, "prompt": text, "max_tokens": 99, "stream": True}).text)
+    assert ("".join(chunk["choices"][0]["text"] for chunk in chunks), done) == (text, "[DONE]")
+    ids = client.post("/tokenize", {"prompt": text}).json()["tokens"]
+    assert len(ids) == whole["usage"]["prompt_tokens"]
+    assert [client.engine.info.tokenizer.token_text(i) for i in ids if client.engine.info.tokenizer.token_text(i).isdigit()] == list("1234")
+    assert client.post("/detokenize", {"tokens": ids}).json()["prompt"] == text
+    said = client.post("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": text}], "max_tokens": 99}).json()
+    assert text in said["choices"][0]["message"]["content"]
+
+
+def test_a_tokenizer_that_panics_is_an_error_of_one_request(with_tokenizer):
+    split = {"type": "Split", "pattern": {"Regex": "(x+x+)+y"}, "behavior": "Isolated", "invert": False}
+    client = with_tokenizer({"type": "Sequence", "pretokenizers": [split, {**BYTE_LEVEL, "use_regex": False}]})
+    hostile = "x" * 60
+    for _ in range(3):  # more often than there are threads
+        for path, body in (
+            ("/v1/completions", {**GOOD, "prompt": hostile}),
+            ("/v1/completions", {**GOOD, "prompt": ["ok", hostile], "stream": True}),
+            ("/v1/chat/completions", {**CHAT, "messages": [{"role": "user", "content": hostile}]}),
+            ("/tokenize", {"prompt": hostile}),
+        ):
+            client.refused(client.post(path, body), 400, code="tokenizer_failed")
+    client.works()

@@ -150,7 +150,7 @@ def test_the_best_of_several_and_beams_are_those_of_the_library(ai, cache):
 def test_the_prefix_cache_is_parted_by_api_key(cache):
     """Both ways, on the real engine: the same key finds what it sent before, another key does not; nor does anybody after a reset."""
     engine = AsyncEngine(configured(cache))
-    server = LoopbackServer(engine, ServerConfig(served_model_name=("tiny",), api_key=("first", "second")))
+    server = LoopbackServer(engine, ServerConfig(served_model_name=("tiny",), api_key=("first", "second"), admin_api_key=("third",)))
     prompt = "Once upon a time there was a page that two requests wanted to read. " * 4
     texts = set()
 
@@ -175,6 +175,8 @@ def test_the_prefix_cache_is_parted_by_api_key(cache):
         assert cached("first", prompt_logprobs=None, user="second") > 0
         assert httpx.post(server.url + "/reset_prefix_cache").status_code == 401
         assert httpx.post(server.url + "/reset_prefix_cache", headers={"authorization": "Bearer second"}).status_code == 200
+        assert [cached(key) > 0 for key in ("first", "second", "second")] == [True, False, True]
+        assert httpx.post(server.url + "/reset_prefix_cache", headers={"authorization": "Bearer third"}).json()["reset"] == "all"
         assert [cached(key) for key in ("first", "second")] == [0, 0]
         assert len(texts) == 1
     finally:

@@ -7,9 +7,11 @@ from server_harness import GOOD
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.errors import ConfigError
+from jaxpaged.flags import Parser, add_options, read_options
 from jaxpaged.server import gate
 from jaxpaged.server.callers import Callers
 from jaxpaged.server.gate import MAX_HEADER_BYTES, MAX_HEADERS, OPEN_PATHS
+from jaxpaged.server.keys import read_keys
 
 KEY = "sk-first-0123456789"
 OTHER = "sk-zweiter-schlüssel"
@@ -96,6 +98,87 @@ def test_the_prefix_cache_is_parted_by_key(make_client, path):
     assert not any(key in tenant or tenant in key for tenant in tenants for key in (KEY, OTHER))
     again = make_client(client.engine, ServerConfig(api_key=(KEY,)))
     assert ask(again, KEY) == 0, "the secret is made anew in each process"
+
+
+@pytest.mark.parametrize("path", ["/v1/completions", "/v1/chat/completions"])
+def test_a_key_empties_its_own_prefix_cache_and_an_admins_key_everybodys(make_client, path):
+    body = {"model": "echo", "max_tokens": 1} | (
+        {"prompt": "a common beginning"} if "chat" not in path else {"messages": [{"role": "user", "content": "a common beginning"}]}
+    )
+    client = make_client(config=ServerConfig(api_key=(KEY, OTHER), admin_api_key=("sk-admin",)))
+    client.engine.caching = True
+
+    def cached(*keys):
+        answers = [client.post(path, body, headers=[("authorization", f"Bearer {key}".encode())]) for key in keys]
+        return [answer.json()["usage"]["prompt_tokens_details"]["cached_tokens"] > 0 for answer in answers]
+
+    def reset(key):
+        return client.request("POST", "/reset_prefix_cache", headers=[("authorization", f"Bearer {key}".encode())])
+
+    assert cached(KEY, OTHER, "sk-admin", KEY, OTHER, "sk-admin") == [False, False, False, True, True, True]
+    assert reset(KEY).json() == {"status": "ok", "reset": "own"}
+    assert cached(KEY, OTHER, "sk-admin") == [False, True, True]
+    client.refused(reset("nope"), 401)
+    assert cached(KEY, OTHER, "sk-admin") == [True, True, True]
+    assert reset("sk-admin").json() == {"status": "ok", "reset": "all"}
+    assert cached(KEY, OTHER, "sk-admin") == [False, False, False]
+
+
+def test_an_admins_key_alone_locks_the_server_and_opens_every_route(make_client):
+    client = make_client(config=ServerConfig(admin_api_key=(KEY,)))
+    client.refused(client.request("GET", "/version"), 401, code="invalid_api_key")
+    for method, path in routes(client):
+        answer = client.request(method, path, headers={"authorization": f"Bearer {KEY}"})
+        assert answer.status_code in (200, 204, 400, 415), (method, path, answer.text)
+
+
+def test_keys_from_a_file(make_client, tmp_path):
+    path = tmp_path / "keys"
+    path.write_text(f"# for the batch jobs\n{KEY}\n\n  {OTHER}  \r\n#sk-old\n", encoding="utf-8")
+    client = make_client(config=ServerConfig(api_key=("sk-flag",), api_key_file=str(path)))
+    path.unlink()  # it was read at the start
+    keys = (KEY, OTHER, "sk-flag", "sk-old", "#sk-old")
+    answers = [client.request("GET", "/version", headers=[("authorization", f"Bearer {key}".encode())]).status_code for key in keys]
+    assert answers == [200, 200, 200, 401, 401]
+    assert repr(read_keys(ServerConfig(api_key=(KEY,)))).find(KEY) == -1
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"api_key": ("",)}, "api_key must not be empty; leave it out to serve without a key"),
+        ({"api_key": ("good", "")}, "api_key must not be empty"),
+        ({"admin_api_key": ("",)}, "admin_api_key must not be empty"),
+        ({"api_key": ("good", "two words")}, "api_key: key 2 has a blank"),
+        ({"api_key": ("line\n",)}, "api_key: key 1 has a blank"),
+        ({"api_key_file": "/nowhere/keys"}, "api_key_file /nowhere/keys cannot be read: No such file"),
+        ({"api_key_file": "/"}, "api_key_file / cannot be read: Is a directory"),
+        ({"api_key": ("a", "b"), "admin_api_key": ("c", "b")}, "one key is given as admin_api_key and as api_key"),
+    ],
+)
+def test_keys_that_cannot_be_meant_are_refused_at_the_start(options, message):
+    with pytest.raises(ConfigError, match=message) as caught:
+        read_keys(ServerConfig(**options))
+    assert "good" not in str(caught.value) and "words" not in str(caught.value)
+
+
+@pytest.mark.parametrize("content", [b"", b"\n# nothing\n", b"two words\n", b"\xff\xfe\n"])
+def test_a_file_of_keys_without_a_key_is_refused_at_the_start(tmp_path, content):
+    (tmp_path / "keys").write_bytes(content)
+    with pytest.raises(ConfigError, match="api_key_file"):
+        read_keys(ServerConfig(api_key_file=str(tmp_path / "keys")))
+
+
+@pytest.mark.parametrize("name", ["JAXPAGED_API_KEY", "VLLM_API_KEY", None])
+def test_an_empty_key_of_the_environment_or_the_command_line_does_not_open_the_server(monkeypatch, name):
+    """As a compose file gives it where the variable that it takes the key from is not set."""
+    parser = Parser()
+    add_options(parser, ServerConfig)
+    if name is not None:
+        monkeypatch.setenv(name, "")
+    (config,) = read_options(parser.parse(["--api-key", ""] if name is None else []), ServerConfig)
+    with pytest.raises(ConfigError, match="must not be empty"):
+        read_keys(config)
 
 
 def test_without_keys_there_is_one_tenant(client):
