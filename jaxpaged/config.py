@@ -61,6 +61,19 @@ class RopeScaling:
         """Returns one of the scaling's values, as ``dict.get``."""
         return dict(self.values).get(key, default)
 
+    def context_length(self, max_position_embeddings: int) -> int:
+        """Returns the longest text, in tokens, that a model of so many positions reads under this scaling; vLLM's rule.
+
+        Under ``linear``, ``dynamic`` and ``proportional`` config.json counts the positions before they are stretched, under ``yarn``
+        the trained ones have a key of their own, and under ``llama3`` and ``longrope`` ``max_position_embeddings`` is the stretched
+        length already.
+        """
+        factor = self.get("factor")
+        if factor is None or self.kind not in ("linear", "dynamic", "proportional", "yarn"):
+            return max_position_embeddings
+        trained = self.get("original_max_position_embeddings", max_position_embeddings) if self.kind == "yarn" else max_position_embeddings
+        return max(1, int(trained * factor))
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
@@ -95,6 +108,11 @@ class ModelConfig:
     window: tuple[int | None, ...] = ()
     dtype: str = "float32"
     weight_dtype: str | None = None
+
+    @property
+    def context_length(self) -> int:
+        """Longest text in tokens, what the RoPE scaling adds included."""
+        return self.rope_scaling.context_length(self.max_position_embeddings)
 
     @property
     def matrix_dtype(self) -> str:

@@ -72,13 +72,44 @@ def read_config(directory: Path, *, dtype: str = "auto", hf_overrides: Mapping[s
         CheckpointError: The file is missing or damaged.
         ConfigError: The architecture or a value is not supported.
     """
-    path = directory / "config.json"
-    if not path.is_file():
-        raise CheckpointError(f"{path}: missing; a model directory in Hugging Face layout has one")
-    hf = _merged(read_json(path), hf_overrides or {})
+    hf = read_hf_config(directory, hf_overrides)
     names = hf.get("architectures")
     config = family_of(names[0] if isinstance(names, list) and names else names).config_from_hf(hf)
     return dataclasses.replace(config, dtype=_resolve_dtype(dtype, hf))
+
+
+def read_hf_config(directory: Path, hf_overrides: Mapping[str, Any] | None = None) -> dict[str, Any]:
+    """Returns what config.json says with the overrides in it; nothing of the engine reads the file but through here.
+
+    Objects are overridden key by key. An override counts whichever of two spellings it and the file use for the same thing.
+
+    Raises:
+        CheckpointError: The file is missing or damaged.
+    """
+    path = directory / "config.json"
+    if not path.is_file():
+        raise CheckpointError(f"{path}: missing; a model directory in Hugging Face layout has one")
+    content = read_json(path)
+    return _merged(_in_one_spelling(content), _in_one_spelling(hf_overrides)) if hf_overrides else content
+
+
+def _in_one_spelling(content: Mapping[str, Any]) -> dict[str, Any]:
+    """Returns the same with one key for each thing that has two, of which the same one counts as where both are read."""
+    content = dict(content)
+    for old, new in (("torch_dtype", "dtype"), ("rope_parameters", "rope_scaling")):
+        if old in content:
+            value = content.pop(old)
+            content[new] = content.get(new) or value
+    if isinstance(content.get("rope_scaling"), Mapping):
+        scaling = dict(content["rope_scaling"])
+        if (base := scaling.pop("rope_theta", None)) is not None:
+            content["rope_theta"] = base
+        if (kind := scaling.pop("type", None)) is not None and scaling.get("rope_type") is None:
+            scaling["rope_type"] = kind
+        if (trained := content.pop("original_max_position_embeddings", None)) is not None:
+            scaling["original_max_position_embeddings"] = trained
+        content["rope_scaling"] = scaling
+    return content
 
 
 def _resolve_dtype(dtype: str, hf: Mapping[str, Any]) -> str:

@@ -19,7 +19,7 @@ from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.host_pages import staging_bytes
 from jaxpaged.engine.hub import model_directory
 from jaxpaged.engine.json_files import read_json
-from jaxpaged.engine.loading import load_model
+from jaxpaged.engine.loading import load_model, read_hf_config
 from jaxpaged.engine.memory import MemoryPlan, available_host_bytes, device_budget, plan_memory, plan_swap_space
 from jaxpaged.engine.progress import Progress, Quiet, gib
 from jaxpaged.engine.runner import Runner
@@ -39,6 +39,7 @@ _DEFAULT_PAGE_SIZE = {"cpu": 16, "gpu": 64, "tpu": 128}
 _KV_DTYPES = {"fp8": "float8_e4m3fn", "fp8_e4m3": "float8_e4m3fn"}
 """What vLLM's names mean."""
 
+_GENERATION_CONFIG = "generation_config.json"
 _GENERATION_FIELDS = {
     "temperature": "temperature",
     "top_p": "top_p",
@@ -122,7 +123,8 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         cache_by_prompt_length=_keys_depend_on_prompt_length(model.config),
     )
     engine = Engine(scheduler, runner, async_depth=config.scheduler.async_depth)
-    eos, defaults = _generation_defaults(config, directory, tokenizer, progress)
+    eos = _eos_token_ids(config, directory, tokenizer)
+    defaults = _generation_defaults(config, directory, progress)
     info = EngineInfo(
         model_name=Path(config.model).name if Path(config.model).is_dir() else config.model,
         model_config=model.config,
@@ -201,10 +203,12 @@ def _resolve(config: EngineConfig, device: jax.Device) -> _Resolved:
 
 
 def _plan_pool(config: EngineConfig, model: Model, params: Params, sizes: _Resolved, device: jax.Device) -> MemoryPlan:
-    longest = model.config.max_position_embeddings
+    longest, scaling = model.config.context_length, model.config.rope_scaling
     max_model_len = config.max_model_len or longest
     if max_model_len > longest:
-        raise ConfigError(f"max_model_len {max_model_len} is more than the model's max_position_embeddings, {longest}")
+        positions = model.config.max_position_embeddings
+        stretched = "" if longest == positions else f" (max_position_embeddings {positions}, stretched by {scaling.kind} RoPE scaling)"
+        raise ConfigError(f"max_model_len {max_model_len} is more than the model's context of {longest} tokens{stretched}")
     size_of_page = page_bytes(model.config, sizes.page_size, _kv_dtype(config, model), implementation=sizes.backend)
     available, temp = available_host_bytes(), 0
     num_host_pages = plan_swap_space(config, device, available_bytes=available, page_bytes=size_of_page)
@@ -311,28 +315,43 @@ def _warm_up(runner: Runner, cache_dir: Path | None, progress: Progress) -> None
     progress.end(f"{count} programs [{buckets[0]}…{buckets[-1]} tokens]  {time.monotonic() - started:.1f} s  {where}")
 
 
-def _generation_defaults(
-    config: EngineConfig, directory: Path, tokenizer: Tokenizer, progress: Progress
-) -> tuple[tuple[int, ...], Mapping[str, Any]]:
-    """Returns the ids that end a sequence, and the sampling values that requests need not give."""
-    path = directory / "generation_config.json"
-    generation = read_json(path) if path.is_file() else {}
-    eos: list[int] = []
-    for source in (generation.get("eos_token_id"), read_json(directory / "config.json").get("eos_token_id"), tokenizer.eos_token_id):
-        eos += [i for i in (source if isinstance(source, list) else [source]) if isinstance(i, int) and i >= 0 and i not in eos]
+def _eos_token_ids(config: EngineConfig, directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
+    """Returns the ids that end a sequence: what the overrides say, else what all files of the model name together.
+
+    Raises:
+        ConfigError: The overrides give something else than ids.
+    """
+    named = [read_hf_config(directory, config.hf_overrides).get("eos_token_id")]
+    asked = "eos_token_id" in (config.hf_overrides or {})
+    if not asked:
+        named = [_read_generation_config(directory).get("eos_token_id"), *named, tokenizer.eos_token_id]
+    values = [value for entry in named for value in (entry if isinstance(entry, list) else [entry]) if value is not None]
+    ids = [value for value in values if isinstance(value, int) and not isinstance(value, bool) and value >= 0]
+    if asked and ids != values:
+        raise ConfigError(f"hf_overrides: eos_token_id must be a token id, a list of them, or null; got {named[0]!r}")
+    return tuple(dict.fromkeys(ids))
+
+
+def _read_generation_config(directory: Path) -> Mapping[str, Any]:
+    path = directory / _GENERATION_CONFIG
+    return read_json(path) if path.is_file() else {}
+
+
+def _generation_defaults(config: EngineConfig, directory: Path, progress: Progress) -> Mapping[str, Any]:
+    """Returns the sampling values that requests need not give."""
     if config.generation_config == "vllm":
-        return tuple(eos), {}
+        return {}
+    generation, defaults = _read_generation_config(directory), {}
     fields = {field.name: field for field in SAMPLING_FIELDS}
-    defaults = {}
     for theirs, ours in _GENERATION_FIELDS.items():
         value = generation.get(theirs)
         try:
             fields[ours].check(value)
         except RequestError as error:
-            progress.say(f"{path.name}: ignored, {error}")
+            progress.say(f"{_GENERATION_CONFIG}: ignored, {error}")
             continue
         if value is not None:
             defaults[ours] = value
     if defaults:
-        progress.say(f"{'sampling':9} defaults from generation_config.json: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
-    return tuple(eos), defaults
+        progress.say(f"{'sampling':9} defaults from {_GENERATION_CONFIG}: {', '.join(f'{k} {v}' for k, v in defaults.items())}")
+    return defaults

@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from jaxpaged.config import suggest
+from jaxpaged.config import RopeScaling, suggest
 from jaxpaged.errors import ConfigError
 
 _BYTES = {"float32": 4, "bfloat16": 2, "float16": 2, "fp8": 1, "fp8_e4m3": 1, "int8": 1}
 _SCALE_BYTES = 4
 _MOST = 2**24
+_LENGTH_KEYS = ("factor", "original_max_position_embeddings")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -82,7 +83,7 @@ def read_shape(model: str) -> ModelShape:
         return preset
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"model: {path} cannot be read as JSON ({error})") from error
     if not isinstance(content, dict):
         raise ConfigError(f"model: {path} must hold a JSON object; got {type(content).__name__}")
@@ -96,7 +97,7 @@ def shape_from_hf(hf: Mapping[str, Any], *, name: str) -> ModelShape:
         ConfigError: A key is missing or not a positive integer, or attention is of a kind that stores something else.
     """
     text = hf.get("text_config")
-    hf = {**hf, **text} if isinstance(text, Mapping) else hf
+    hf = {**hf, **{key: value for key, value in text.items() if value is not None}} if isinstance(text, Mapping) else hf
     if hf.get("kv_lora_rank"):
         raise ConfigError(
             "config.json: kv_lora_rank is set; latent attention stores no keys and values by head, and is not understood here"
@@ -104,13 +105,14 @@ def shape_from_hf(hf: Mapping[str, Any], *, name: str) -> ModelShape:
     num_layers = _integer(hf, "num_hidden_layers", "n_layer")
     num_heads = _integer(hf, "num_attention_heads", "n_head")
     num_kv_heads = _integer(hf, "num_key_value_heads", default=num_heads)
+    positions = _integer(hf, "max_position_embeddings", "n_positions")
     hidden = _integer(hf, "hidden_size", "n_embd", default=0 if hf.get("head_dim") else None)
     return ModelShape(
         name=name,
         num_layers=num_layers,
         num_kv_heads=num_kv_heads,
         head_dim=_integer(hf, "head_dim", default=hidden // num_heads),
-        max_model_len=_integer(hf, "max_position_embeddings", "n_positions"),
+        max_model_len=_scaling(hf).context_length(positions),
         dtype=_dtype(hf.get("dtype") or hf.get("torch_dtype") or "bfloat16"),
         window=_window(hf, num_layers),
     )
@@ -125,6 +127,18 @@ def _integer(hf: Mapping[str, Any], *names: str, default: int | None = None) -> 
     if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= _MOST:
         raise ConfigError(f"config.json: {' or '.join(names)} must be an integer from 1 to {_MOST}; got {value!r}")
     return value
+
+
+def _scaling(hf: Mapping[str, Any]) -> RopeScaling:
+    """Returns what of the RoPE scaling decides the longest context."""
+    values = hf.get("rope_scaling") or hf.get("rope_parameters")
+    values = {key: value for key, value in values.items() if value is not None} if isinstance(values, Mapping) else {}
+    given = {key: values.get(key) if key == "factor" else hf.get(key) or values.get(key) for key in _LENGTH_KEYS}
+    for key, value in given.items():
+        if value is not None and (isinstance(value, bool) or not isinstance(value, int | float) or not 0 < value <= _MOST):
+            raise ConfigError(f"config.json: {key} of the RoPE scaling must be a number from 0 to {_MOST}; got {value!r}")
+    numbers = tuple((key, value) for key, value in given.items() if value is not None)
+    return RopeScaling(kind=str(values.get("rope_type", values.get("type", "default"))), values=numbers)
 
 
 def _dtype(value: object) -> str:

@@ -87,12 +87,12 @@ def load_workload(workload: str, *, num_requests: int, seed: int, max_model_len:
         raise ConfigError(f"workload: {workload!r} is no file and no name{suggest(workload, WORKLOADS)}; names are {', '.join(WORKLOADS)}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise ConfigError(f"workload: {path} cannot be read as JSON ({error})") from error
     requests = content.get("requests") if isinstance(content, dict) else None
     if not isinstance(requests, list) or not requests:
         raise ConfigError(f"workload: {path} must hold an object with a list of requests, at least one")
-    return Workload(str(content.get("name", path.stem)), tuple(_read_call(rng, index, each) for index, each in enumerate(requests)))
+    return Workload(str(content.get("name") or path.stem), tuple(_read_call(rng, index, each) for index, each in enumerate(requests)))
 
 
 def _read_call(rng: random.Random, index: int, request: object) -> Call:

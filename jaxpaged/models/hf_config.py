@@ -115,23 +115,25 @@ def rope(hf: HFConfig, max_position_embeddings: int, head_dim: int) -> tuple[flo
     values = hf.get(name) or {}
     if not isinstance(values, Mapping):
         raise bad(name, values, "an object or null")
+    values = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if value is not None}
     kind = values.get("rope_type", values.get("type", "default"))
     if kind not in ROPE_KINDS:
         raise bad(f"{name}.rope_type", kind, f"one of {', '.join(ROPE_KINDS)}")
     if nested := [key for key, value in values.items() if isinstance(value, Mapping)]:
         raise bad(f"{name}.{nested[0]}", "an object", "a plain value (one rotary embedding for all layers)")
-    theta = number({"rope_theta": values.get("rope_theta", hf.get("rope_theta", 10000.0))}, "rope_theta", 10000.0)
-    scaling = {key: tuple(value) if isinstance(value, list) else value for key, value in values.items() if value is not None}
-    for key in ("rope_type", "type", "rope_theta"):
-        scaling.pop(key, None)
+    theta = number({"rope_theta": _first(values.get("rope_theta"), hf.get("rope_theta"), 10000.0)}, "rope_theta", 10000.0)
+    scaling = {key: value for key, value in values.items() if key not in ("rope_type", "type", "rope_theta")}
     if kind in _WITH_TRAINED_LENGTH:
-        trained = hf.get("original_max_position_embeddings", scaling.get("original_max_position_embeddings", max_position_embeddings))
-        scaling["original_max_position_embeddings"] = trained
+        key = "original_max_position_embeddings"
+        scaling[key] = _first(hf.get(key), scaling.get(key), max_position_embeddings)
     for key in _NUMBER_KEYS.get(kind, ()):
         if not (key.endswith("?") and key[:-1] not in scaling):
             number({f"{name}.{key.rstrip('?')}": scaling.get(key.rstrip("?"))}, f"{name}.{key.rstrip('?')}", 0)
     _check_scaling(name, kind, scaling, hf, head_dim)
-    return theta, RopeScaling(kind=kind, values=tuple(sorted(scaling.items())))
+    found = RopeScaling(kind=kind, values=tuple(sorted(scaling.items())))
+    if found.context_length(max_position_embeddings) > _MOST:
+        raise bad(f"{name}.factor", found.get("factor"), f"so small that the stretched context has at most {_MOST} tokens")
+    return theta, found
 
 
 def layer_windows(hf: HFConfig, num_layers: int) -> tuple[int | None, ...]:
@@ -156,8 +158,13 @@ def bad(key: str, value: object, allowed: str) -> ConfigError:
     return ConfigError(f"config.json: {key} must be {allowed}; got {text if len(text) <= 80 else text[:77] + '...'}")
 
 
+def _first(*values: Any) -> Any:
+    """Returns the first that is not None: where transformers takes null, it means what an absent key means."""
+    return next(value for value in values if value is not None)
+
+
 def _check_scaling(name: str, kind: str, scaling: dict[str, Any], hf: HFConfig, head_dim: int) -> None:
-    partial = scaling.get("partial_rotary_factor", hf.get("partial_rotary_factor", 1.0))
+    partial = _first(scaling.get("partial_rotary_factor"), hf.get("partial_rotary_factor"), 1.0)
     if partial != 1.0 and kind != "proportional":
         raise bad("partial_rotary_factor", partial, "1.0 (these families rotate whole heads)")
     if kind == "dynamic" and head_dim == 2:

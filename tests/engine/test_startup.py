@@ -16,9 +16,16 @@ from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, ModelConfig, 
 from jaxpaged.engine import compile_cache
 from jaxpaged.engine.compile_cache import enable_compile_cache
 from jaxpaged.engine.memory import Budget, available_host_bytes, plan_memory, plan_swap_space
-from jaxpaged.engine.progress import Bars, Lines, make_progress
+from jaxpaged.engine.progress import Bars, Lines, Quiet, make_progress
 from jaxpaged.engine.runner import Runner
-from jaxpaged.engine.startup import _generation_defaults, _keys_depend_on_prompt_length, _resolve, _sliding_window, load_engine
+from jaxpaged.engine.startup import (
+    _eos_token_ids,
+    _generation_defaults,
+    _keys_depend_on_prompt_length,
+    _resolve,
+    _sliding_window,
+    load_engine,
+)
 from jaxpaged.engine.tokenizer import Tokenizer
 from jaxpaged.errors import CheckpointError, ConfigError
 
@@ -164,8 +171,21 @@ def test_running_out_of_device_memory_says_what_to_do(monkeypatch):
 
 
 def test_a_context_longer_than_the_models_is_refused():
-    with pytest.raises(ConfigError, match="max_position_embeddings"):
+    with pytest.raises(ConfigError, match=r"max_model_len 1000000 is more than the model's context of 1024 tokens$"):
         load_engine(make_config(EngineConfig, {"max_model_len": 10**6, "compilation_cache_dir": ""}))
+
+
+@pytest.mark.parametrize("kind", ["linear", "dynamic", "yarn"])
+def test_a_context_that_the_rope_scaling_stretches_may_be_had(kind):
+    options = {"load_format": "dummy", "warmup": False, "compilation_cache_dir": "", "max_num_seqs": 1, "max_num_batched_tokens": 4}
+    options["hf_overrides"] = {"max_position_embeddings": 64, "rope_scaling": {"rope_type": kind, "factor": 4.0}, "eos_token_id": 9}
+    for asked in (None, 256):
+        loaded = load_engine(make_config(EngineConfig, {**options, "max_model_len": asked}))
+        assert (loaded.info.max_model_len, loaded.info.max_request_tokens, loaded.info.eos_token_ids) == (256, 256, (9,))
+        loaded.close()
+    message = rf"the model's context of 256 tokens \(max_position_embeddings 64, stretched by {kind} RoPE scaling\)"
+    with pytest.raises(ConfigError, match=message):
+        load_engine(make_config(EngineConfig, {**options, "max_model_len": 257}))
 
 
 # ----------------------------------------------------------------------------------------- host memory, sharing, preemption
@@ -322,11 +342,30 @@ def test_generation_config_gives_defaults_and_ends(directory):
         json.dumps({"eos_token_id": [2, 0], "temperature": 0.6, "top_k": 20, "max_new_tokens": 99, "top_p": 7.0, "do_sample": True})
     )
     lines = []
-    eos, defaults = _generation_defaults(EngineConfig(), directory, Tokenizer.load(directory), Lines(lines.append))
+    eos = _eos_token_ids(EngineConfig(), directory, Tokenizer.load(directory))
+    defaults = _generation_defaults(EngineConfig(), directory, Lines(lines.append))
     assert set(eos) >= {2, 0} and len(set(eos)) == len(eos)
     assert defaults == {"temperature": 0.6, "top_k": 20, "max_tokens": 99}
     assert any("top_p" in line and "7.0" in line for line in lines)
-    assert _generation_defaults(EngineConfig(generation_config="vllm"), directory, Tokenizer.load(directory), Lines(lines.append))[1] == {}
+    assert _generation_defaults(EngineConfig(generation_config="vllm"), directory, Lines(lines.append)) == {}
+
+
+@pytest.mark.parametrize(
+    ("override", "ids"),
+    [({"eos_token_id": 9}, (9,)), ({"eos_token_id": [9, 0, 9]}, (9, 0)), ({"eos_token_id": None}, ()), ({"vocab_size": 9}, (5, 6, 7, 2))],
+)
+def test_an_override_alone_says_what_ends_a_sequence(directory, override, ids):
+    """It wins over generation_config.json and the tokenizer; without one, all the files together say it."""
+    (directory / "generation_config.json").write_text(json.dumps({"eos_token_id": [5, None, 6, True], "temperature": None}))
+    (directory / "config.json").write_text(json.dumps({"eos_token_id": 7}))
+    assert _eos_token_ids(EngineConfig(hf_overrides=override), directory, Tokenizer.load(directory)) == ids
+    assert _generation_defaults(EngineConfig(hf_overrides=override), directory, Quiet()) == {}
+
+
+@pytest.mark.parametrize("value", ["9", -1, [9, "x"], True, {"id": 9}, 9.0])
+def test_an_override_that_is_no_id_is_refused(directory, value):
+    with pytest.raises(ConfigError, match="hf_overrides: eos_token_id must be a token id, a list of them, or null; got "):
+        _eos_token_ids(EngineConfig(hf_overrides={"eos_token_id": value}), directory, Tokenizer.load(directory))
 
 
 @pytest.mark.parametrize("content", [b"", b"{", b"[]", b'{"version": "1.0"}', b"\xff\xfe"])

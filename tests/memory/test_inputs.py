@@ -15,6 +15,8 @@ from jaxpaged.memory.workloads import STOP_TOKEN, WORKLOADS, Call, Workload, loa
 
 HF = {"num_hidden_layers": 2, "num_attention_heads": 4, "hidden_size": 64, "max_position_embeddings": 128, "torch_dtype": "float16"}
 
+_TRAINED = "original_max_position_embeddings"
+
 
 @pytest.mark.parametrize("kv_cache_dtype", ["auto", "bfloat16", "float16", "float32", "fp8", "int8"])
 def test_bytes_of_a_token_are_those_of_the_pool(kv_cache_dtype):
@@ -48,6 +50,22 @@ def test_shapes_of_other_families():
     assert (gpt2.num_layers, gpt2.num_kv_heads, gpt2.head_dim, gpt2.max_model_len) == (12, 12, 64, 1024)
     inside = shape_from_hf({"text_config": {**HF, "num_key_value_heads": 2, "head_dim": 32, "dtype": "float32"}}, name="inside")
     assert (inside.num_kv_heads, inside.head_dim, inside.dtype) == (2, 32, "float32")
+
+
+@pytest.mark.parametrize(
+    ("changes", "length"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 4.0}}, 512),
+        ({"rope_scaling": None, "rope_parameters": {"rope_type": "dynamic", "factor": 2.0}}, 256),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}, _TRAINED: 32}, 128),
+        ({"rope_scaling": {"rope_type": "yarn", "factor": 4, _TRAINED: 256}, _TRAINED: None}, 1024),
+        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, 128),
+        ({"rope_parameters": {"full_attention": {"rope_type": "linear", "factor": 8.0}}}, 128),
+        ({"text_config": {"rope_scaling": {"rope_type": "linear", "factor": 2}, "max_position_embeddings": None}}, 256),
+    ],
+)  # fmt: skip
+def test_the_longest_context_is_the_engines(changes, length):
+    assert shape_from_hf({**HF, **changes}, name="x").max_model_len == length
 
 
 @pytest.mark.parametrize(

@@ -125,6 +125,46 @@ def test_overrides_replace_values_and_merge_objects(tmp_path):
     assert (config.rope_scaling.kind, config.rope_scaling.get("factor")) == ("linear", 4.0)
 
 
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("file", "override", "kind", "theta", "factor"),
+    [
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": {"factor": 4.0}}, "linear", 7.0, 4.0),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 9.0}}, {"rope_scaling": {"factor": 4.0}}, "linear", 9.0, 4.0),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 9.0}}, {"rope_scaling": None}, "default", 9.0, None),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_parameters": None}, "default", 7.0, None),
+        ({"rope_parameters": {**LINEAR, "rope_theta": 9.0}}, {"rope_theta": 5.0}, "linear", 5.0, 2.0),
+        ({}, {"rope_parameters": {"rope_theta": 5.0}}, "default", 5.0, None),
+        ({"rope_scaling": LINEAR}, {"rope_scaling": {"type": "dynamic"}}, "dynamic", 7.0, 2.0),
+        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, {"rope_scaling": {"rope_type": "dynamic"}}, "dynamic", 7.0, 2.0),
+    ],
+)
+def test_an_override_counts_in_whichever_spelling(tmp_path, file, override, kind, theta, factor):
+    (tmp_path / "config.json").write_text(json.dumps({**HF, "rope_theta": 7.0, **file}))
+    config = read_config(tmp_path, hf_overrides=override)
+    assert (config.rope_scaling.kind, config.rope_theta, config.rope_scaling.get("factor")) == (kind, theta, factor)
+
+
+@pytest.mark.parametrize("top", [True, False])
+@pytest.mark.parametrize("over_top", [True, False])
+def test_an_override_of_the_trained_length_counts_wherever_it_stands(tmp_path, top, over_top):
+    yarn, trained = {"rope_type": "yarn", "factor": 4.0}, "original_max_position_embeddings"
+    file = {"rope_scaling": yarn, trained: 16} if top else {"rope_scaling": {**yarn, trained: 16}}
+    (tmp_path / "config.json").write_text(json.dumps({**HF, **file}))
+    config = read_config(tmp_path, hf_overrides={trained: 32} if over_top else {"rope_scaling": {trained: 32}})
+    assert (config.context_length, config.rope_scaling.get(trained)) == (128, 32)
+
+
+@pytest.mark.parametrize(("stored", "override"), [("dtype", "torch_dtype"), ("torch_dtype", "dtype"), ("dtype", "dtype")])
+def test_an_override_of_the_dtype_counts_in_whichever_spelling(tmp_path, stored, override, monkeypatch):
+    monkeypatch.setattr("jaxpaged.engine.loading.jax.default_backend", lambda: "gpu")
+    (tmp_path / "config.json").write_text(json.dumps({**HF, stored: "float32"}))
+    assert read_config(tmp_path).dtype == "float32"
+    assert read_config(tmp_path, hf_overrides={override: "bfloat16"}).dtype == "bfloat16"
+
+
 def test_old_rotary_buffers_are_ignored(checkpoint):
     change_tensors(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32)}))
     load_model(checkpoint)

@@ -162,3 +162,70 @@ def test_configurations_are_hashable_whatever_their_scaling():
     for name in CASES:
         assert hash(read(CASES[name])) == hash(read(dict(CASES[name])))
     assert {read(hf).rope_scaling.kind for hf in CASES.values()} == set(ROPE_KINDS)
+
+
+# ------------------------------------------------------------------------------------------------- how long a text may become
+
+
+YARN = {"rope_type": "yarn", "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    ("scaling", "length"),
+    [
+        (None, 512),
+        ({"rope_type": "default"}, 512),
+        ({"type": "linear", "factor": 4.0}, 2048),
+        ({"rope_type": "linear", "factor": 2.5}, 1280),
+        ({"rope_type": "linear", "factor": 1.001}, 512),
+        ({"rope_type": "dynamic", "factor": 4}, 2048),
+        ({"rope_type": "proportional"}, 512),
+        ({"rope_type": "proportional", "factor": 8.0, "partial_rotary_factor": 0.5}, 4096),
+        (YARN, 2048),
+        ({**YARN, "original_max_position_embeddings": 128}, 512),  # as DeepSeek writes it
+        ({**YARN, "original_max_position_embeddings": 512}, 2048),  # as Qwen does
+        ({**YARN, "factor": None, "original_max_position_embeddings": 128}, 512),
+        ({**LLAMA3, "original_max_position_embeddings": 64}, 512),
+        ({**LONGROPE, "factor": 32.0, "original_max_position_embeddings": 64}, 512),
+    ],
+)
+def test_the_context_is_what_the_scaling_makes_of_the_positions(scaling, length):
+    """vLLM's rule (``_get_and_verify_max_len``), spelled out."""
+    for key in ("rope_scaling", "rope_parameters"):
+        config = read({"max_position_embeddings": 512, key: scaling})
+        assert (config.context_length, config.max_position_embeddings) == (length, 512)
+
+
+def test_a_context_beyond_all_bounds_is_refused():
+    with pytest.raises(ConfigError, match=r"^config\.json: rope_scaling\.factor must be so small that .* got 1000000\.0"):
+        read({"rope_scaling": {"rope_type": "linear", "factor": 1e6}})
+
+
+@pytest.mark.parametrize(
+    ("nulls", "same"),
+    [
+        (
+            {"original_max_position_embeddings": None, "rope_scaling": {**YARN, "original_max_position_embeddings": 512}},
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 512}},
+        ),
+        (
+            {"original_max_position_embeddings": 512, "rope_scaling": {**YARN, "original_max_position_embeddings": None}},
+            {"rope_scaling": {**YARN, "original_max_position_embeddings": 512}},
+        ),
+        ({"rope_scaling": {**YARN, "original_max_position_embeddings": None}}, {"rope_scaling": YARN}),
+        ({"original_max_position_embeddings": None}, {}),
+        ({"rope_theta": None}, {}),
+        ({"rope_theta": None, "rope_parameters": {"rope_theta": 7.0, "rope_type": None}}, {"rope_theta": 7.0}),
+        ({"rope_theta": 7.0, "rope_parameters": {"rope_theta": None}}, {"rope_theta": 7.0}),
+        ({"rope_scaling": {"rope_type": None, "type": "linear", "factor": 2}}, {"rope_scaling": {"rope_type": "linear", "factor": 2}}),
+        ({"rope_scaling": {**YARN, "truncate": None, "beta_fast": None, "mscale": None}}, {"rope_scaling": YARN}),
+        ({"partial_rotary_factor": None, "rope_scaling": {**YARN, "partial_rotary_factor": None}}, {"rope_scaling": YARN}),
+        ({"rope_scaling": None, "rope_parameters": None}, {}),
+        ({"num_key_value_heads": None, "head_dim": None, "layer_types": None, "quantization_config": None}, {}),
+    ],
+    ids=str,
+)
+def test_null_means_what_an_absent_key_means_wherever_transformers_takes_it(nulls, same):
+    """Where transformers refuses null (sizes, activation, biases), so do we: see ``BAD``."""
+    assert read(nulls) == read(same)
+    assert read({**nulls, "vocab_size": 77}) != read(same)
