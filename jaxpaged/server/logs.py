@@ -24,7 +24,7 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 class LineFormatter(logging.Formatter):
-    """Writes a record as one line, as text or as a JSON object.
+    """Writes a record as one line with its time: as text (local time) or as a JSON object (UTC).
 
     Args:
         kind: ``text`` or ``json``.
@@ -42,10 +42,11 @@ class LineFormatter(logging.Formatter):
         if self._kind == "json":
             moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created)) + f".{int(record.msecs):03d}Z"
             return json.dumps({"time": moment, "level": record.levelname.lower(), "logger": record.name, "message": message})
+        moment = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(record.created)) + f".{int(record.msecs):03d}"
         safe = "\n  ".join(_CONTROL.sub(lambda match: f"\\x{ord(match[0]):02x}", line) for line in message.splitlines())
         if record.levelno <= logging.INFO:
-            return safe
-        return f"{record.levelname.lower():9} {safe}"
+            return f"{moment} {safe}"
+        return f"{moment} {record.levelname.lower():9} {safe}"
 
 
 class QueuedHandler(logging.Handler):

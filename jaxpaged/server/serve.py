@@ -5,6 +5,9 @@
     bind the port ─▶ answer health routes ─▶ load in the engine's thread ─▶ ready ─▶ SIGTERM: drain ─▶ exit 0
                      (503 with progress)          └─ ConfigError ─▶ exit 2     │        └─ again: end every call, exit in 2 s
                                                                                └─ engine failed ─▶ /readyz 503 ─▶ exit 70
+
+SIGINT does what SIGTERM does, and so does SIGHUP, of a terminal that goes away, unless ``nohup`` has it ignored. Whatever hangs, the
+process ends: ``_Deadline`` sees to that.
 """
 
 from __future__ import annotations
@@ -15,6 +18,7 @@ import functools
 import json
 import logging
 import os
+import queue
 import signal
 import socket
 import ssl
@@ -23,6 +27,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import FrameType
 
 import uvicorn
 
@@ -43,7 +48,10 @@ from jaxpaged.server.text_pool import ProcessPool
 logger = logging.getLogger(__name__)
 
 EXIT_FAILED = 70
-"""Exit code when the engine died while serving (EX_SOFTWARE): a supervisor should start a new process."""
+"""Exit code when the engine died while serving, or the process did not end in time (EX_SOFTWARE): a supervisor should start a new one."""
+
+END_S = 10.0
+"""Seconds that the process gets to end once its calls have ended."""
 
 STATS_EVERY_S = 10.0
 LAST_WORDS_S = 1.0
@@ -76,6 +84,8 @@ def run(
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
+        deadline = _Deadline(log)
+        stack.callback(deadline.cancel)
         for note in notes:
             logger.info("%s", note)
         callers = Callers(
@@ -92,15 +102,17 @@ def run(
         for name, path in (("TLS key", server_config.ssl_keyfile), ("file of API keys", server_config.api_key_file)):
             if path is not None and Path(path).stat().st_mode & 0o077:
                 logger.warning("the %s can be read by other users of this machine; chmod 600 it", name)
-        progress = make_progress() if server_config.log_format == "text" else Lines(logger.info)
+        # Bars on a terminal; else lines of the log, with their time.
+        progress = make_progress() if server_config.log_format == "text" and sys.stderr.isatty() else Lines(logger.info)
         engine = (make_engine or _make_engine)(engine_config, progress)
         texts = ProcessPool()
         stack.callback(texts.close)
         app = create_app(engine, server_config, texts, names=_names(engine_config), callers=callers, keys=keys)
         http = _http(app, server_config, callers)
-        life = _Life(engine, app.state.service, texts, http, url_of(listener, server_config), needs_key=bool(keys))
+        life = _Life(engine, app.state.service, texts, http, url_of(listener, server_config), deadline, needs_key=bool(keys))
         with asyncio.Runner(loop_factory=http.config.get_loop_factory()) as runner:
             code = runner.run(life.live(listener))
+        texts.close()
         _leave(life, log, code)
     return code
 
@@ -126,18 +138,30 @@ class _Life:
         texts: Prepares calls; not loaded yet.
         http: Not started yet.
         url: For the ready line.
-        needs_key: Likewise.
+        deadline: For the process.
+        needs_key: Whether the ready line shows a key.
 
     Attributes:
         engine_stopped: Whether the engine's thread has ended.
     """
 
-    def __init__(self, engine: AsyncEngine, service: Service, texts: ProcessPool, http: _Http, url: str, *, needs_key: bool) -> None:
+    def __init__(
+        self,
+        engine: AsyncEngine,
+        service: Service,
+        texts: ProcessPool,
+        http: _Http,
+        url: str,
+        deadline: _Deadline,
+        *,
+        needs_key: bool,
+    ) -> None:
         self._engine = engine
         self._service = service
         self._texts = texts
         self._http = http
         self._url = url
+        self._deadline = deadline
         self._needs_key = needs_key
         self._signals = 0
         self._signalled = asyncio.Event()
@@ -146,12 +170,13 @@ class _Life:
 
     async def live(self, listener: socket.socket) -> int:
         """Serves; returns the exit code."""
-        loop = asyncio.get_running_loop()
+        with self._taking_signals(asyncio.get_running_loop()):
+            return await self._live(listener)
+
+    async def _live(self, listener: socket.socket) -> int:
         began = time.monotonic()
-        for number in (signal.SIGTERM, signal.SIGINT):
-            loop.add_signal_handler(number, self._on_signal)
         serving = asyncio.create_task(self._http.serve(sockets=[listener]))
-        self._engine.start(loop)
+        self._engine.start(asyncio.get_running_loop())
         code = 0
         try:
             if await self._until_ready():
@@ -159,6 +184,7 @@ class _Life:
                 code = await self._until_end()
             await self._drain(0.0 if code else self._service.config.shutdown_timeout)
         finally:
+            self._deadline.within(END_S)
             self._service.calls.draining = True
             self._service.calls.end_all()
             await self._service.calls.wait_idle(LAST_WORDS_S)
@@ -177,13 +203,32 @@ class _Life:
             await asyncio.sleep(0.01)
         return not stopping.is_alive()
 
+    @contextlib.contextmanager
+    def _taking_signals(self, loop: asyncio.AbstractEventLoop) -> Iterator[None]:
+        """Takes the signals that end a server. The handler runs between two instructions, so that a busy loop delays no deadline."""
+        calls_s = self._service.config.shutdown_timeout
+
+        def handle(number: int, frame: FrameType | None) -> None:
+            self._signals += 1
+            self._deadline.within(END_S + (calls_s if self._signals == 1 else 0.0))
+            with contextlib.suppress(RuntimeError):  # the loop is closed: the end is near
+                loop.call_soon_threadsafe(self._on_signal)
+
+        numbers = [signal.SIGTERM, signal.SIGINT]
+        if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        before = {number: signal.signal(number, handle) for number in numbers}
+        try:
+            yield
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
+
     def _on_signal(self) -> None:
         """The first signal drains; the second ends every call."""
-        self._signals += 1
-        if self._signals == 1:
-            self._service.calls.draining = True
-            self._signalled.set()
-        else:
+        self._service.calls.draining = True
+        self._signalled.set()
+        if self._signals > 1:
             self._hurried.set()
 
     async def _until_ready(self) -> bool:
@@ -245,6 +290,39 @@ class _Life:
         where = f"--unix-socket {config.uds} http://localhost" if config.uds else self._url
         body = json.dumps({"model": name, "messages": [{"role": "user", "content": "What is a page?"}], "stream": True})
         logger.info("try       curl -N %s/v1/chat/completions -H 'Content-Type: application/json'%s -d '%s'", where, key, body)
+
+
+class _Deadline:
+    """Ends the process when its time is up, whatever hangs: the event loop, a thread, the interpreter's own end.
+
+    Args:
+        log: Gets the last word.
+    """
+
+    def __init__(self, log: QueuedHandler) -> None:
+        self._log = log
+        self._orders: queue.SimpleQueue[float | None] = queue.SimpleQueue()  # the one lock that a signal handler may take
+        self._thread = threading.Thread(target=self._wait, name="jaxpaged-deadline", daemon=True)
+        self._thread.start()
+
+    def within(self, seconds: float) -> None:
+        """The process has to end within this time from now, and within what was said before; callable from a signal handler."""
+        self._orders.put(time.monotonic() + seconds)
+
+    def cancel(self) -> None:
+        """The server has ended; the process may go on."""
+        self._orders.put(None)
+        self._thread.join()
+
+    def _wait(self) -> None:
+        until: float | None = None
+        with contextlib.suppress(queue.Empty):
+            while (order := self._orders.get(timeout=None if until is None else max(0.0, until - time.monotonic()))) is not None:
+                until = order if until is None else min(until, order)
+            return
+        logger.error("the server did not end in time; leaving without what still runs")
+        self._log.finish()
+        os._exit(EXIT_FAILED)
 
 
 class _Report:
@@ -316,9 +394,17 @@ def _close(listener: socket.socket, config: ServerConfig) -> None:
 
 
 def _leave(life: _Life, log: QueuedHandler, code: int) -> None:
-    """Ends the process at once if the engine's thread is stuck in the device: an orderly exit would wait for it."""
-    if not life.engine_stopped:
-        logger.info("leaving without waiting for the engine, which is busy")
+    """Ends the process at once if a thread is stuck, the engine's in the device, say: an orderly exit would wait for it."""
+    until = time.monotonic() + LAST_WORDS_S
+    for thread in _own_threads():
+        thread.join(max(0.0, until - time.monotonic()))
+    if not life.engine_stopped or _own_threads():
+        logger.info("leaving without waiting for %s", "the engine, which is busy" if not life.engine_stopped else "threads that are busy")
         log.finish()
         sys.stderr.flush()
         os._exit(code)
+
+
+def _own_threads() -> list[threading.Thread]:
+    """Returns the threads that the interpreter would wait for at its end."""
+    return [thread for thread in threading.enumerate() if thread.name.startswith("jaxpaged") and not thread.daemon]

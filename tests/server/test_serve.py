@@ -27,16 +27,27 @@ from jaxpaged.server.logs import MAX_QUEUED_LINES, LineFormatter, QueuedHandler
 from jaxpaged.server.serve import _Report
 
 PROGRAM = """
-import json, os, sys
+import json, os, signal, sys, threading, time
 from server_fakes import FakeAsyncEngine
 from jaxpaged.config import EngineConfig, ServerConfig
 from jaxpaged.errors import ConfigError
+from jaxpaged.server import serve as serve_module
 from jaxpaged.server.serve import run
 
 def serve(script):
     engine = FakeAsyncEngine(step_s=script.pop("step_s", 0.01), max_model_len=4000)
     for name in ("state", "detail", "load_error", "fail_after_s"):
         setattr(engine, name, script.pop(name, getattr(engine, name)))
+    serve_module.END_S = script.pop("end_s", serve_module.END_S)
+    if script.pop("nohup", False):
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    match script.pop("hang", None):
+        case "loop":  # for ever, in the event loop, once it is ready
+            engine.reply = lambda request: next(request for _ in iter(int, 1) if False)
+        case "thread":
+            threading.Thread(target=time.sleep, args=(1000,), name="jaxpaged-text_9").start()
+        case "end":
+            engine.stop = lambda: time.sleep(1000)
     config = ServerConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in script.items()})
     try:
         return run(EngineConfig(model="echo"), config, make_engine=lambda config, progress: engine)
@@ -218,6 +229,51 @@ def test_the_time_for_draining_is_bounded(start):
     assert all(b'"error"' in text for text in streams.texts)
 
 
+@pytest.mark.parametrize("nohup", [False, True])
+def test_a_terminal_that_goes_away_drains_unless_nohup_has_it_ignored(start, nohup):
+    process = start(step_s=0.05, nohup=nohup).ready()
+    streams = Streams(process.url, 4, 40)
+    process.signal(signal.SIGHUP)
+    if nohup:
+        streams.join()
+        assert httpx.get(process.url + "/readyz").status_code == 200
+        process.signal(signal.SIGTERM)
+    else:
+        process.wait_for("draining 4 calls")
+        streams.join()
+    assert process.end(30.0) == 0
+    assert all(text.endswith(b"data: [DONE]\n\n") and text.count(b'"text":"x"') == 40 for text in streams.texts)
+
+
+@pytest.mark.parametrize(
+    ("hang", "number", "code"),
+    [("loop", signal.SIGTERM, 70), ("loop", signal.SIGHUP, 70), ("thread", signal.SIGTERM, 0), ("end", signal.SIGINT, 0)],
+)
+def test_a_signal_ends_the_process_in_bounded_time_whatever_hangs(start, hang, number, code):
+    process = start(hang=hang, shutdown_timeout=1.0, end_s=3.0).ready()
+    if hang == "loop":
+        with contextlib.suppress(httpx.HTTPError):
+            httpx.post(process.url + "/v1/completions", json={"model": "echo", "prompt": "x"}, timeout=1.0)
+        with pytest.raises(httpx.HTTPError):
+            httpx.get(process.url + "/livez", timeout=0.5)
+    process.signal(number)
+    began = time.monotonic()
+    assert process.end(20.0) == code
+    assert time.monotonic() - began < 12.0  # 4 s, and room for a machine that is busy
+    assert ("did not end in time" if code else "leaving without waiting") in process.log
+
+
+def test_a_second_signal_shortens_what_a_hanging_process_gets(start):
+    process = start(hang="loop", shutdown_timeout=500.0, end_s=1.0).ready()
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(process.url + "/v1/completions", json={"model": "echo", "prompt": "x"}, timeout=1.0)
+    process.signal(signal.SIGTERM)
+    time.sleep(2.0)
+    assert process.poll() is None
+    process.signal(signal.SIGTERM)
+    assert process.end(20.0) == 70
+
+
 def test_sigterm_while_idle_and_while_loading(start):
     process = start().ready()
     process.signal(signal.SIGTERM)
@@ -298,6 +354,77 @@ def test_a_unix_socket(start, tmp_path):
     process.signal(signal.SIGTERM)
     assert process.end(10.0) == 0
     assert not Path(path).exists()
+
+
+def test_who_may_call_a_server_as_it_is_started(start, tmp_path):
+    """On loopback without a key: its own names; through a UNIX socket or with a key: any; and only the keys that were given."""
+
+    def status(process, host, path="/version", **headers):
+        transport = httpx.HTTPTransport(uds=process.script.get("uds"))
+        with httpx.Client(transport=transport, base_url=process.url if "uds" not in process.script else "http://any") as client:
+            return client.get(path, headers={"host": host} | headers).status_code
+
+    port = _free_port()
+    local = start(port=port, allowed_hosts=["llm.example.com"]).ready()
+    assert [status(local, host) for host in (f"127.0.0.1:{port}", "localhost", "llm.example.com", "evil.example")] == [200, 200, 200, 403]
+    by_path = start(uds=str(tmp_path / "s"))
+    by_path.wait_for("ready")
+    assert [status(by_path, host) for host in ("localhost", "llm.example.com")] == [200, 200]
+    assert status(by_path, "any", origin="http://evil.example") == 403
+    (tmp_path / "keys").write_text("sk-from-file\n")
+    (tmp_path / "keys").chmod(0o644)
+    keyed = start(api_key_file=str(tmp_path / "keys")).ready()
+    assert "the file of API keys can be read by other users" in keyed.log and "sk-from-file" not in keyed.log
+    assert status(keyed, "any.example") == 401
+    assert status(keyed, "any.example", authorization="Bearer sk-from-file") == 200
+    assert start(api_key=[""]).end(30) == 2
+    assert start(allowed_origins=["localhost"]).end(30) == 2
+
+
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+def test_a_client_that_closes_its_half_gets_its_answer_and_one_that_is_gone_ends_its_request(start, stream, tmp_path):
+    """On the event loop that a server runs on, which is not the tests'."""
+    process = start(step_s=0.05, uds=str(tmp_path / "s"), log_requests=True)
+    process.wait_for("ready")
+    process_tcp = start(step_s=0.05).ready()
+    port = int(process_tcp.url.rsplit(":", 1)[1])
+
+    def connect(server):
+        if server is process_tcp:
+            return socket.create_connection(("127.0.0.1", port), timeout=20)
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(20)
+        connection.connect(server.script["uds"])
+        return connection
+
+    def request(tokens):
+        body = json.dumps({"model": "echo", "prompt": "x" * tokens, "max_tokens": tokens, "stream": stream}).encode()
+        head = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+        return head % len(body) + body
+
+    def load(server):
+        transport = httpx.HTTPTransport(uds=server.script.get("uds"))
+        with httpx.Client(transport=transport, base_url=f"http://localhost:{port}") as client:
+            return client.get("/load").json()["server_load"]
+
+    for server in (process, process_tcp):
+        with connect(server) as half:
+            half.sendall(request(20))
+            half.shutdown(socket.SHUT_WR)
+            received = b"".join(iter(lambda half=half: half.recv(65536), b""))
+        assert received.startswith(b"HTTP/1.1 200 OK\r\n")
+        assert received.count(b'"text":"x"') == 20 if stream else b"x" * 20 in received
+        gone = [connect(server) for _ in range(20)]
+        for connection in gone:
+            connection.sendall(request(2000))
+        deadline = time.monotonic() + 20
+        while load(server) < 20:
+            assert time.monotonic() < deadline
+        for connection in gone:
+            connection.close()
+        while load(server):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
 
 
 def test_tls(start, tmp_path):
@@ -411,6 +538,53 @@ def test_the_periodic_line_is_vllms_and_silent_when_idle():
     line = report.line(EngineStats(steps=5, prompt_tokens=100, generation_tokens=50, running=3, waiting=2, kv_cache_usage=0.713))
     shape = r"Engine 000: Avg prompt throughput: [\d.]+ tokens/s, Avg generation throughput: [\d.]+ tokens/s, "
     assert re.fullmatch(shape + r"Running: 3 reqs, Waiting: 2 reqs, KV cache usage: 71\.3%", line)
+
+
+def test_a_line_of_text_begins_with_its_time_and_what_is_more_than_news_with_its_level():
+    made = [
+        LineFormatter("text").format(logging.makeLogRecord({"msg": "hello\nworld", "levelno": level, "levelname": name}))
+        for level, name in ((logging.INFO, "INFO"), (logging.ERROR, "ERROR"))
+    ]
+    moment = r"\d{4}-\d\d-\d\d \d\d:\d\d:\d\d\.\d{3} "
+    assert re.fullmatch(moment + "hello\n  world", made[0]) and re.fullmatch(moment + "error     hello\n  world", made[1])
+
+
+CLOSED = """
+import sys
+from server_fakes import FakeAsyncEngine
+from jaxpaged import cli
+from jaxpaged.commands import serve
+from jaxpaged.server.serve import run
+
+serve.serve = lambda *configs, **options: run(*configs, **options, make_engine=lambda config, progress: FakeAsyncEngine())
+sys.exit(cli.main(["serve", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "<&- >&- 2>&-"])
+@pytest.mark.parametrize("kind", ["text", "json"])
+def test_a_server_whose_caller_has_closed_standard_streams_serves(closed, kind):
+    tests, port = Path(__file__).parents[1], _free_port()
+    environment = {**os.environ, "PYTHONPATH": f"{tests}{os.pathsep}{tests.parent}", "JAX_PLATFORMS": "cpu"}
+    command = f'exec "$@" {closed}'
+    program = [sys.executable, "-c", CLOSED, "--port", str(port), "--log-format", kind]
+    process = subprocess.Popen(["bash", "-c", command, "bash", *program], env=environment)
+    try:
+        deadline = time.monotonic() + 60
+        answer = None
+        while answer is None:
+            assert time.monotonic() < deadline and process.poll() is None
+            with contextlib.suppress(httpx.HTTPError):
+                answer = httpx.post(f"http://127.0.0.1:{port}/v1/completions", json={"model": "tiny", "prompt": "x"})
+            time.sleep(0.1)
+        assert answer.json()["choices"][0]["text"] == "x"
+        targets = {number: str(Path(f"/proc/{process.pid}/fd/{number}").readlink()) for number in range(3)}
+        assert targets[2] == "/dev/null" and not any("socket" in target for target in targets.values())
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+    finally:
+        process.kill()
+        process.wait()
 
 
 @pytest.mark.parametrize("kind", ["text", "json"])
