@@ -1,6 +1,7 @@
 """Whole-scheduler simulation: random worlds, an exact oracle, and every check after every call.
 
-``World`` drives a scheduler as the engine does, with ``fakes.FakeRunner`` as the device. After each call it verifies
+``World`` drives a scheduler as the engine does, with ``fakes.FakeRunner`` as the device (``engine_simulation`` has worlds that drive the
+engine itself). After each call it verifies
 
 * the invariants (``Scheduler.check``), by identity of pages and slots;
 * the **golden** tokens: an integer hash stands for the model, so any wrong cell, position, slot, order or seed changes them;
@@ -34,6 +35,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fakes import POISON, DeviceFault, FakeHandle, FakeRunner, Violation, cells_of, first_cell, golden_beams, golden_tokens
 
+from jaxpaged.engine.engine import Engine
 from jaxpaged.errors import QueueFull, RequestError
 from jaxpaged.scheduling.beams import Hypothesis
 from jaxpaged.scheduling.buckets import token_buckets
@@ -60,6 +62,7 @@ class Sample:
     end: TokenEvent | None = None
     prompt_logprobs: int = 0
     aborted: bool = False
+    stopped: bool = False
     failed_alone: int = 0
     invalid: bool = False
 
@@ -116,6 +119,7 @@ class World:
         max_calls: int = MAX_CALLS,
     ) -> None:
         self.scheduler = scheduler
+        self.target: Scheduler | Engine = scheduler
         self.max_calls = max_calls
         self.depth = depth
         self.by_prompt_length = scheduler.memory._by_prompt_length
@@ -144,7 +148,7 @@ class World:
         never_fits = self._never_fits(request)
         too_many = request.params.num_sequences > scheduler.max_num_seqs
         try:
-            scheduler.add(request)
+            self.target.add(request)
         except RequestError as error:
             require(too_many or (never_fits and error.code == "context_length_exceeded"), "a request that fits was refused")
             return False
@@ -180,14 +184,15 @@ class World:
             return never
         return total > scheduler.max_model_len or scheduler.memory.worst_case(request) > scheduler.pages.num_pages - 1
 
-    def abort(self, request_id: str, index: int | None = None) -> None:
-        """Aborts what is left of a request, or one of its samples."""
+    def abort(self, request_id: str, index: int | None = None, **options) -> None:
+        """Aborts what is left of a request, or one of its samples; the options are the target's."""
         wanted = [s for s in self.samples.values() if s.request.id == request_id]
         if not any(s.request.params.use_beam_search and s.end is None and s.index == index for s in wanted):
             wanted = [s for s in wanted if index in (None, s.index)]
         for sample in wanted:
-            sample.aborted |= sample.end is None
-        self.receive(self.scheduler.abort(request_id, index))
+            if sample.end is None:
+                sample.aborted, sample.stopped = True, options.get("reason") is FinishReason.STOP
+        self.receive(self.target.abort(request_id, index, **options))
         require(all(sample.end is not None for sample in wanted), "an aborted sequence lives on")
         self.verify()
 
@@ -246,10 +251,10 @@ class World:
     def drain(self) -> None:
         """Runs until nothing is left, and verifies that nothing is left."""
         for _ in range(self.max_calls):
-            if not self.scheduler.has_work:
+            if not self.target.has_work:
                 break
             self.step()
-        require(not self.scheduler.has_work, "the work does not end")
+        require(not self.target.has_work, "the work does not end")
         require(self.scheduler.num_pages_in_use == 0 and self.scheduler.slots.num_used == 0, "pages or slots are left")
         host = self.scheduler.memory.host
         require(host is None or host.pages.num_used == 0, "places in host memory are left")
@@ -370,18 +375,20 @@ class World:
         end = sample.end
         assert end is not None
         match end.finish_reason:
+            case FinishReason.STOP if sample.stopped:  # by a stop string, as the target was told
+                due = not end.token_ids
             case FinishReason.STOP:
                 due = sample.received == sample.golden and sample.golden[-1] in sample.request.stop_token_ids
                 due = due and (end.stop_reason is not None) == (sample.golden[-1] in sample.request.params.stop_token_ids)
             case FinishReason.LENGTH:
                 due = len(sample.received) == sample.request.max_tokens
             case FinishReason.ABORT:
-                due = sample.aborted
+                due = sample.aborted and not sample.stopped
             case FinishReason.ERROR:
                 due = sample.invalid if end.error_code == "numerical_error" else sample.failed_alone > 0
             case _:
                 due = False
-        if sample.beam and end.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
+        if sample.beam and not sample.aborted and end.finish_reason in (FinishReason.STOP, FinishReason.LENGTH):
             due = end.finish_reason is sample.beam.finish_reason and end.cumulative_logprob == sample.beam.cumulative_logprob
             due &= sample.received == sample.golden
         elif sample.request.params.use_beam_search and not sample.beam and end.finish_reason is FinishReason.LENGTH:
@@ -418,6 +425,38 @@ class Outcome:
     restored: int
 
 
+def random_scheduler(rng: random.Random, **options) -> Scheduler:
+    """Makes a scheduler with few pages; what is not given is drawn."""
+    max_num_seqs = rng.choice((1, 2, 3, 5, 8))
+    max_num_seqs = options.get("max_num_seqs", max_num_seqs)
+    budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
+    num_pages, page_size = rng.choice((3, 5, 7, 10, 10, 15, 15, 30)), rng.choice((1, 2, 3, 4, 8))
+    num_pages, page_size = options.get("num_pages", num_pages), options.get("page_size", page_size)
+    sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
+    sliding_window = options.get("sliding_window", sliding_window)
+    longest = 10_000 if sliding_window is None else min(150, 2 * num_pages * page_size)  # a window lets in texts longer than the pool
+    drawn = {
+        "num_pages": num_pages,
+        "page_size": page_size,
+        "max_num_seqs": max_num_seqs,
+        "max_num_batched_tokens": budget,
+        "max_model_len": rng.choice((longest, longest, 20)),
+        "buckets": rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
+        "long_prefill_token_threshold": rng.choice((0, 0, 1, 2, 5)),
+        "max_waiting": rng.choice((1024, 1024, 3)),
+        "enable_prefix_caching": rng.random() < 0.6,
+        "num_host_pages": (num_host_pages := rng.choice((0, 0, 2, 6, 20))),
+        "preemption_mode": rng.choice(("auto", "recompute", "swap")) if num_host_pages else "recompute",
+        "prefers_swap": lambda num_tokens, num_pages: num_tokens % 2 == 0,
+        "sliding_window": sliding_window,
+        "cache_by_prompt_length": rng.random() < 0.1,
+        "clock": lambda: 0.0,
+    }
+    scheduler = make_scheduler(**drawn | options)
+    scheduler.headroom = rng.choice((0, 0, 1))
+    return scheduler
+
+
 def simulate(
     seed: int,
     *,
@@ -447,33 +486,7 @@ def simulate(
         AssertionError: A check failed (``Violation``, ``InvariantError``), or anything else that the bug raised.
     """
     rng = random.Random(seed)
-    max_num_seqs = rng.choice((1, 2, 3, 5, 8))
-    max_num_seqs = options.get("max_num_seqs", max_num_seqs)
-    budget = max_num_seqs + rng.choice((0, 1, 4, 11, 40))
-    num_pages, page_size = rng.choice((3, 5, 7, 10, 10, 15, 15, 30)), rng.choice((1, 2, 3, 4, 8))
-    num_pages, page_size = options.get("num_pages", num_pages), options.get("page_size", page_size)
-    sliding_window = rng.choice((None, None, None, None, 2, 3, 6))  # a cell of the fake follows from the one before
-    sliding_window = options.get("sliding_window", sliding_window)
-    longest = 10_000 if sliding_window is None else min(150, 2 * num_pages * page_size)  # a window lets in texts longer than the pool
-    drawn = {
-        "num_pages": num_pages,
-        "page_size": page_size,
-        "max_num_seqs": max_num_seqs,
-        "max_num_batched_tokens": budget,
-        "max_model_len": rng.choice((longest, longest, 20)),
-        "buckets": rng.choice((None, None, (budget,), {1, (budget + 1) // 2, budget})),
-        "long_prefill_token_threshold": rng.choice((0, 0, 1, 2, 5)),
-        "max_waiting": rng.choice((1024, 1024, 3)),
-        "enable_prefix_caching": rng.random() < 0.6,
-        "num_host_pages": (num_host_pages := rng.choice((0, 0, 2, 6, 20))),
-        "preemption_mode": rng.choice(("auto", "recompute", "swap")) if num_host_pages else "recompute",
-        "prefers_swap": lambda num_tokens, num_pages: num_tokens % 2 == 0,
-        "sliding_window": sliding_window,
-        "cache_by_prompt_length": rng.random() < 0.1,
-        "clock": lambda: 0.0,
-    }
-    scheduler = make_scheduler(**drawn | options)
-    scheduler.headroom = rng.choice((0, 0, 1))
+    scheduler = random_scheduler(rng, **options)
     mutate(scheduler)
     drawn_rate = rng.choice((0.0, 0.0, 0.0, 0.02))
     fault_rate = drawn_rate if fault_rate is None else fault_rate
@@ -494,7 +507,7 @@ def simulate(
     depth = drawn_depth if depth is None else depth
     world = World(scheduler, depth=depth, fails=fails, invalid=invalid, max_calls=max_calls)
     growth = rng.choice((0.0, 0.5, 1.0))
-    left = [_random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
+    left = [random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
     reset_rate = rng.choice((0.0, 0.0, 0.05))
     for _ in range(max_calls):
         if left and rng.random() < arrival_rate:
@@ -532,7 +545,7 @@ def simulate(
     )
 
 
-def _random_request(
+def random_request(
     rng: random.Random, number: int, scheduler: Scheduler, growth: float, share_of_beams: float, samples: tuple[int, ...]
 ) -> Request:
     bound = scheduler.max_request_tokens
