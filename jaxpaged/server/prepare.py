@@ -133,7 +133,10 @@ def prepare(job: Job, info: EngineInfo) -> Prepared:
     call = parse(job.path, job.body) if isinstance(job.body, bytes) else job.body
     match call:
         case GenerationCall():
-            return _generation(call, info, job)
+            try:
+                return _generation(call, info, job)
+            except RequestError as error:
+                raise call.in_the_clients_words(error) from error
         case TokenizeCall():
             left_out: dict[str, Any] = {"prompt": None, "messages": None, "tools": None, "chat_template_kwargs": {}}
             asked = dataclasses.replace(call, ignored=_ignored(call, info), **left_out)

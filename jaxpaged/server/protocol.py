@@ -67,6 +67,7 @@ class GenerationCall:
         stream: Whether to answer with events; ``include_usage`` and ``continuous_usage`` say what counts they carry.
         want_prompt_logprobs: Whether the client asked to see them itself (``echo`` needs them too).
         ignored: Names of fields that nobody defines.
+        spellings: What the client called some of the sampling fields, by their names in ``sampling``.
     """
 
     model: str
@@ -86,6 +87,7 @@ class GenerationCall:
     return_token_ids: bool = False
     return_tokens_as_token_ids: bool = False
     ignored: tuple[str, ...] = ()
+    spellings: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
     @property
     def is_chat(self) -> bool:
@@ -96,6 +98,11 @@ class GenerationCall:
     def prompt_param(self) -> str:
         """Name of the field that holds the prompt."""
         return "messages" if self.is_chat else "prompt"
+
+    def in_the_clients_words(self, error: RequestError) -> RequestError:
+        """Returns an error about the sampling fields that names those that the client sent."""
+        message = re.sub(r"\w+", lambda word: self.spellings.get(word[0], word[0]), str(error))
+        return RequestError(message, param=self.spellings.get(error.param or "", error.param), code=error.code, status=error.status)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -145,11 +152,14 @@ def parse_chat(body: Mapping[str, Any]) -> GenerationCall:
             param="tools",
             code="unsupported_parameter",
         )
-    sampling = _sampling(values)
+    sampling, spellings = _sampling(values), {}
     if logprobs:
         sampling["logprobs"] = top or 0
+    if top:
+        spellings["logprobs"] = "top_logprobs"
     if values.get("max_completion_tokens") is not None:
         sampling["max_tokens"] = values["max_completion_tokens"]
+        spellings["max_tokens"] = "max_completion_tokens"
     return GenerationCall(
         messages=messages,
         tools=_parse_tools(values.get("tools")),
@@ -159,6 +169,7 @@ def parse_chat(body: Mapping[str, Any]) -> GenerationCall:
         add_generation_prompt=values.get("add_generation_prompt", not values.get("continue_final_message", False)),
         **_common(values),
         ignored=(*ignored, *more_ignored),
+        spellings=spellings,
     )
 
 
@@ -175,8 +186,10 @@ def parse_completion(body: Mapping[str, Any]) -> GenerationCall:
     if len(prompts) * sampling.get(most, 1) > MAX_PROMPTS:
         raise _bad(f"prompts times {most} must be at most {MAX_PROMPTS}; got {len(prompts)} times {sampling[most]}", most)
     echo = values.get("echo", False)
-    if echo and sampling.get("logprobs") is not None:
-        sampling.setdefault("prompt_logprobs", sampling["logprobs"])
+    spellings = {}
+    if echo and "logprobs" in sampling and "prompt_logprobs" not in sampling:
+        sampling["prompt_logprobs"] = sampling["logprobs"]
+        spellings["prompt_logprobs"] = "logprobs"
     return GenerationCall(
         prompts=prompts,
         sampling=sampling,
@@ -184,6 +197,7 @@ def parse_completion(body: Mapping[str, Any]) -> GenerationCall:
         add_special_tokens=values.get("add_special_tokens", True),
         **_common(values),
         ignored=ignored,
+        spellings=spellings,
     )
 
 

@@ -485,6 +485,26 @@ def test_a_limit_on_log_probabilities(make_client):
     client.refused(client.post("/v1/completions", TEXT | {"logprobs": 4}), 400, param="logprobs")
 
 
+@pytest.mark.parametrize(
+    ("path", "body", "param", "words"),
+    [
+        ("/v1/chat/completions", {"max_completion_tokens": 600}, "max_completion_tokens", "lower max_completion_tokens to 491"),
+        ("/v1/chat/completions", {"max_completion_tokens": 600, "max_tokens": 2}, "max_completion_tokens", "lower max_completion_tokens"),
+        ("/v1/chat/completions", {"max_completion_tokens": 5, "min_tokens": 6}, "min_tokens", "exceed max_completion_tokens (5)"),
+        ("/v1/chat/completions", {"max_tokens": 600}, "max_tokens", "lower max_tokens to 491"),
+        ("/v1/chat/completions", {"logprobs": True, "top_logprobs": 4}, "top_logprobs", "top_logprobs must be at most 3 here; got 4"),
+        ("/v1/chat/completions", {"logprobs": True, "prompt_logprobs": 4, "top_logprobs": 1}, "prompt_logprobs", "prompt_logprobs must"),
+        ("/v1/completions", {"prompt_logprobs": 4, "logprobs": 2, "echo": True}, "prompt_logprobs", "prompt_logprobs must be at most 3"),
+        ("/v1/completions", {"prompt": [[5] * 500] * 700, "logprobs": 3, "echo": True, "max_tokens": 1}, "logprobs", "(logprobs + 1)"),
+    ],
+)
+def test_an_error_names_the_field_that_was_sent(make_client, path, body, param, words):
+    client = make_client()
+    replace_info(client.engine, max_logprobs=3)
+    error = client.refused(client.post(path, (CHAT if "chat" in path else TEXT) | body), 400, param=param)
+    assert words in error["message"]
+
+
 def test_a_model_without_chat_template(make_client):
     client = make_client()
     tokenizer = client.engine.info.tokenizer
