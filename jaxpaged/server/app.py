@@ -17,9 +17,11 @@ from jaxpaged.engine.async_engine import AsyncEngine
 from jaxpaged.errors import JaxpagedError, RequestError
 from jaxpaged.server.answers import ClientGone, Problem, RequestTimedOut, describe, json_response
 from jaxpaged.server.callers import Callers
+from jaxpaged.server.front_page import HEADERS, FrontPage
 from jaxpaged.server.gate import Gate, RequireKey
 from jaxpaged.server.keys import Keys, read_keys
 from jaxpaged.server.metrics import Metrics
+from jaxpaged.server.missing_routes import explain_missing
 from jaxpaged.server.openapi import describe_api
 from jaxpaged.server.protocol import shown_names
 from jaxpaged.server.service import Service, explain
@@ -81,6 +83,8 @@ class Routes:
     def table(self) -> list[BaseRoute]:
         """Returns every route there is."""
         return [
+            Route("/", self.front_page, methods=_READ),
+            Route("/favicon.ico", self.icon, methods=_READ),
             Route("/v1/chat/completions", _Generate(self._service), methods=["POST"]),
             Route("/v1/completions", _Generate(self._service), methods=["POST"]),
             Route("/v1/models", self.models, methods=_READ),
@@ -97,6 +101,34 @@ class Routes:
             Route("/metrics", self.metrics, methods=_READ),
             Route("/openapi.json", self.openapi, methods=_READ),
         ]
+
+    async def front_page(self, request: Request) -> Response:
+        """Says what this is and where things are: to a browser as a page, to programs as JSON."""
+        service, status = self._service, self._service.status
+        info = service.engine.info
+        state = "ready" if status.ready else explain(status)
+        page = FrontPage(
+            version=service.version,
+            ready=status.ready,
+            state=f"{state}; {status.running} running, {status.waiting} waiting" if status.ready else state,
+            models=() if info is None else service.names(info),
+            max_model_len=None if info is None else info.max_model_len,
+            address=f"{request.scope['scheme']}://{request.headers.get('host', 'localhost')}",
+            root=service.config.root_path.rstrip("/"),
+            routes=[
+                (method.upper(), path, operation["summary"])
+                for path, operations in self._describe()["paths"].items()
+                for method, operation in operations.items()
+                if method != "head" and path not in ("/", "/favicon.ico")
+            ],
+        )
+        if "text/html" in request.headers.get("accept", ""):
+            return Response(page.html(), headers={**HEADERS, "vary": "Accept"}, media_type="text/html")
+        return json_response(page.json(), headers={"vary": "Accept"})
+
+    async def icon(self, request: Request) -> Response:
+        """Has none."""
+        return Response(status_code=204, headers={"cache-control": "max-age=86400"})
 
     async def models(self, request: Request) -> Response:
         """Lists the model's names."""
@@ -169,8 +201,11 @@ class Routes:
 
     async def openapi(self, request: Request) -> Response:
         """Describes this API."""
+        return json_response(self._describe())
+
+    def _describe(self) -> dict[str, Any]:
         config = self._service.config
-        return json_response(describe_api(version=self._service.version, needs_key=self._needs_key, root_path=config.root_path))
+        return describe_api(version=self._service.version, needs_key=self._needs_key, root_path=config.root_path)
 
 
 class _Generate:
@@ -199,4 +234,5 @@ async def _answer_http(request: Request, error: Exception) -> Response:
         return json_response(
             Problem(405, f"{request.url.path} takes {headers.get('Allow', 'another method')}", "method_not_allowed").body(), 405, headers
         )
-    return json_response(Problem(status, "there is no such route", "not_found").body(), status, headers)
+    routes = [route.path for route in request.app.routes if "{" not in route.path]
+    return json_response(Problem(status, explain_missing(request.scope["path"], routes), "not_found").body(), status, headers)

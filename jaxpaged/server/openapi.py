@@ -32,7 +32,9 @@ _PLAIN_ROUTES: Mapping[str, str] = {
     "/version": "The server's version.",
     "/load": "Calls in flight.",
     "/metrics": "Prometheus metrics.",
-    "/openapi.json": "This document.",
+    "/openapi.json": "This API, as an OpenAPI document.",
+    "/": "What this is, and its routes: a page for a browser, else JSON.",
+    "/favicon.ico": "Nothing; browsers ask for it.",
 }
 _RESET = "/reset_prefix_cache"
 _SUMMARIES = {
@@ -110,6 +112,10 @@ def _plain(path: str, meaning: str) -> dict[str, Any]:
         "summary": meaning,
         "responses": {"200": {"description": meaning, "content": {"text/plain" if text else "application/json": {"schema": schema}}}},
     }
+    if path == "/":
+        operation["responses"]["200"]["content"]["text/html"] = {"schema": {"type": "string"}}
+    if path == "/favicon.ico":
+        operation["responses"] = {"204": {"description": meaning}}
     if path in ("/health", "/readyz", "/ping"):
         operation["responses"] |= _problems({"503": "not ready; says why"})
         operation["security"] = []

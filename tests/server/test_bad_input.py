@@ -322,8 +322,8 @@ def test_head_is_answered_where_get_is(shared_client):
 
 @pytest.mark.parametrize(
     "path",
-    ["/", "/v1", "/v1/", "/v1/embeddings", "/v1/models/", "//v1/models", "/V1/models", "/docs", "/redoc", "/v1/completions/",
-     "/metrics/", "/%2e%2e/metrics", "/invocations", "/reset_prefix_cache/", "/favicon.ico", "/v1/models/%00"],
+    ["/v1", "/v1/", "/v1/embeddings", "/v1/models/", "//v1/models", "/V1/models", "/docs", "/redoc", "/v1/completions/",
+     "/metrics/", "/%2e%2e/metrics", "/invocations", "/reset_prefix_cache/", "/v1/models/%00"],
 )  # fmt: skip
 def test_routes_that_do_not_exist(shared_client, path):
     for method in ("GET", "POST"):
