@@ -13,7 +13,7 @@ from jaxpaged.config import ModelConfig
 from jaxpaged.engine.host_cpu import multiplies_bfloat16
 from jaxpaged.engine.hub import model_directory
 from jaxpaged.engine.json_files import read_json
-from jaxpaged.engine.weights import Progress, load_params, open_checkpoint
+from jaxpaged.engine.weights import Progress, load_params, match, open_checkpoint
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.models.hf_config import bad
 from jaxpaged.models.model import Model, Params
@@ -57,12 +57,12 @@ def load_model(
     if dummy:
         built = Model.build(config)
         return built, built.init(seed)
-    tensors = open_checkpoint(directory)
-    matrices = {tensor.dtype.name for tensor in tensors.values() if len(tensor.shape) == 2}
-    if config.dtype == "float32" and matrices == {"bfloat16"} and jax.default_backend() == "cpu" and multiplies_bfloat16():
-        config = dataclasses.replace(config, weight_dtype="bfloat16")
     built = Model.build(config)
-    return built, load_params(built, tensors, directory, progress)
+    plan = match(built, open_checkpoint(directory))
+    matrices = {tensor.dtype.name for tensors in plan.values() for tensor in tensors if len(tensor.shape) == 2}
+    if config.dtype == "float32" and matrices == {"bfloat16"} and jax.default_backend() == "cpu" and multiplies_bfloat16():
+        built = Model.build(dataclasses.replace(config, weight_dtype="bfloat16"))
+    return built, load_params(built, plan, progress)
 
 
 def read_config(directory: Path, *, dtype: str = "auto", hf_overrides: Mapping[str, Any] | None = None) -> ModelConfig:

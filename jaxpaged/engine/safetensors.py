@@ -1,5 +1,7 @@
 """Reading safetensors files without trusting them: every header is checked in full before a byte of data is looked at.
 
+Checked is what makes a file whole. Whether a tensor can be used is asked when somebody wants it: many files hold some that nobody does.
+
 The format is an 8-byte length, that many bytes of JSON (name -> dtype, shape, offsets), then the data. Files are mapped into
 memory, so that a tensor costs nothing until it is read. Errors name the file and the tensor.
 
@@ -21,9 +23,15 @@ import numpy.typing as npt
 
 from jaxpaged.errors import CheckpointError
 
-_DTYPES = {"F64": np.dtype(np.float64), "F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES: dict[str, np.dtype] = {
+    "F64": np.dtype(np.float64),
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+}
 _MAX_HEADER_BYTES = 100_000_000
 _MAX_AXES = 8
+_SUPPORTED = ", ".join(_DTYPES)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,19 +39,36 @@ class Tensor:
     """One tensor of a file, not read yet.
 
     Attributes:
+        stored: The format's name of its dtype, perhaps one that is not known here.
         start: Offset of its first byte in the file.
+        num_bytes: Bytes of its data.
     """
 
     name: str
     path: Path
-    dtype: np.dtype
+    stored: str
     shape: tuple[int, ...]
     start: int
+    num_bytes: int
 
     @property
-    def num_bytes(self) -> int:
-        """Bytes of its data."""
-        return math.prod(self.shape) * self.dtype.itemsize
+    def is_float(self) -> bool:
+        """Whether it holds floating-point numbers, of a dtype that is supported or not."""
+        return self.stored.startswith(("F", "BF"))
+
+    @property
+    def dtype(self) -> np.dtype:
+        """The dtype of its values, of a tensor that passes ``check``."""
+        return _DTYPES[self.stored]
+
+    def check(self) -> None:
+        """Verifies that its values can be read.
+
+        Raises:
+            CheckpointError: They are of a dtype that no weight has.
+        """
+        if self.stored not in _DTYPES:
+            raise CheckpointError(f"{self.path}: tensor {self.name!r}: dtype {self.stored!r} is not supported; supported are {_SUPPORTED}")
 
     def read(self) -> npt.NDArray:
         """Returns its values as a view of the mapped file."""
@@ -57,7 +82,7 @@ def read_header(path: Path) -> dict[str, Tensor]:
     """Returns the tensors of a file.
 
     Raises:
-        CheckpointError: The file is not a whole and valid safetensors file, or holds a tensor of a dtype that is not floating point.
+        CheckpointError: The file is not a whole and valid safetensors file.
     """
     try:
         with path.open("rb") as file:
@@ -99,16 +124,17 @@ def _tensor(path: Path, name: str, entry: object, base: int) -> Tensor:
     if not isinstance(entry, dict):
         raise damaged("its entry in the header is not an object")
     dtype, shape, offsets = entry.get("dtype"), entry.get("shape"), entry.get("data_offsets")
-    if not isinstance(dtype, str) or dtype not in _DTYPES:
-        raise damaged(f"dtype {dtype!r} is not supported; supported are {', '.join(_DTYPES)}")
+    if not isinstance(dtype, str):
+        raise damaged(f"dtype must be a name; got {dtype!r:.60}")
     if not _counts(shape) or len(shape) > _MAX_AXES:
         raise damaged(f"shape must be a list of at most {_MAX_AXES} sizes")
     if not _counts(offsets) or len(offsets) != 2:
         raise damaged("data_offsets must be two byte offsets")
-    tensor = Tensor(name, path, _DTYPES[dtype], tuple(shape), base + offsets[0])
-    if offsets[1] - offsets[0] != tensor.num_bytes:
-        raise damaged(f"{dtype} of shape {list(shape)} takes {tensor.num_bytes} bytes, its offsets give {offsets[1] - offsets[0]}")
-    return tensor
+    given = offsets[1] - offsets[0]
+    taken = math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else max(0, given)
+    if given != taken:
+        raise damaged(f"{dtype} of shape {list(shape)} takes {taken} bytes, its offsets give {given}")
+    return Tensor(name, path, dtype, tuple(shape), base + offsets[0], given)
 
 
 def _counts(value: object) -> TypeGuard[list[int]]:

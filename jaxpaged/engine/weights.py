@@ -1,15 +1,19 @@
 """A checkpoint directory becomes a model's parameters: safetensors are read tensor by tensor, straight into JAX arrays.
 
 Names and shapes of all tensors are compared with the model before any data is read, so that a checkpoint that does not fit
-fails at once. Only safetensors are read: files that would have to be unpickled are named in an error and never opened.
+fails at once. What no parameter needs is left alone, whatever it is (a buffer of the rotary embedding, a counter), unless it is a
+float: a weight that the model does not use would mean other answers. Only safetensors are read: files that would have to be unpickled
+are named in an error and never opened.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path, PurePosixPath
 
 import jax
+import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 import numpy.typing as npt
@@ -25,22 +29,53 @@ Progress = Callable[[int, int], None]
 
 _INDEX = "model.safetensors.index.json"
 _OTHER_FORMATS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl", "*.h5", "*.msgpack", "*.gguf")
-_IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
+_HEAD = "lm_head.weight"
+_BUFFERS = "rotary_emb"
+"""Module whose tensors are computed from config.json, wherever it stands in a name and whatever it holds."""
+
+_TIED_ROWS = 4096
+"""Rows of two tied tables that are compared at once."""
 
 
-def load_params(model: Model, tensors: dict[str, Tensor], directory: Path, progress: Progress | None = None) -> Params:
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """What lies in a directory, unread.
+
+    Attributes:
+        directory: For messages.
+        tensors: Name -> the tensors of that name, one in a sound checkpoint.
+        weight_map: Name -> the file that an index says it is in; empty without an index.
+    """
+
+    directory: Path
+    tensors: Mapping[str, Sequence[Tensor]]
+    weight_map: Mapping[str, str]
+
+    def take(self, name: str) -> Tensor:
+        """Returns a tensor that somebody needs.
+
+        Raises:
+            CheckpointError: It is missing, there twice, not where the index says, or of a dtype that no weight has.
+        """
+        found, file = self.tensors.get(name, ()), self.weight_map.get(name)
+        if len(found) > 1:
+            raise CheckpointError(f"{found[1].path}: tensor {name!r} is also in {found[0].path.name}")
+        if file is not None and (not found or found[0].path.name != file):
+            raise CheckpointError(f"{self.directory / _INDEX}: tensor {name!r} should be in {file}, which does not hold it")
+        if not found:
+            raise CheckpointError(f"{self.directory}: tensor {name!r} is missing")
+        found[0].check()
+        return found[0]
+
+
+def load_params(model: Model, plan: Mapping[str, Sequence[Tensor]], progress: Progress | None = None) -> Params:
     """Reads a model's parameters.
 
     Args:
-        model: Says which parameters there are, their shapes and dtypes.
-        tensors: As ``open_checkpoint`` returns them.
-        directory: Where they lie, for messages.
+        model: Says of which dtypes they are to be.
+        plan: As ``match`` returns it.
         progress: Called before the first tensor and after each parameter.
-
-    Raises:
-        CheckpointError: A tensor is missing, mis-shaped, or belongs to nothing.
     """
-    plan = match(model, tensors, directory)
     total, done = sum(tensor.num_bytes for sources in plan.values() for tensor in sources), 0
     params = {}
     for name, sources in plan.items():
@@ -53,50 +88,46 @@ def load_params(model: Model, tensors: dict[str, Tensor], directory: Path, progr
     return params
 
 
-def match(model: Model, tensors: dict[str, Tensor], directory: Path) -> dict[str, list[Tensor]]:
+def match(model: Model, checkpoint: Checkpoint) -> dict[str, list[Tensor]]:
     """Returns for each parameter the tensors whose rows it holds, in order.
 
     Raises:
-        CheckpointError: They do not match, one to one.
+        CheckpointError: One is missing, there twice, mis-shaped or of a dtype that no weight has, or a float is left over.
     """
     table = family_of(model.config.architecture).weights
-    left, plan = dict(tensors), {}
+    plan, used = {}, {_HEAD} if model.config.tie_word_embeddings else set()
     for name, spec in model.specs.items():
         layer = next((part for part in name.split(".") if part.isdigit()), "")
-        sources = table[name.replace(f".{layer}.", ".*.") if layer else name]
-        plan[name] = [_take(left, source.replace("*", layer), directory) for source in sources]
+        sources = [source.replace("*", layer) for source in table[name.replace(f".{layer}.", ".*.") if layer else name]]
+        plan[name] = [checkpoint.take(source) for source in sources]
+        used.update(sources)
         for tensor, rows in zip(plan[name], spec.parts, strict=True):
             if tensor.shape != (rows, *spec.shape[1:]):
                 shape = [rows, *spec.shape[1:]]
                 raise CheckpointError(f"{tensor.path}: tensor {tensor.name!r} has shape {list(tensor.shape)}, config.json asks for {shape}")
-    if model.config.tie_word_embeddings:
-        _check_tied(left.pop("lm_head.weight", None), plan["embed.weight"][0])
-    for tensor in left.values():
-        if not tensor.name.endswith(_IGNORED_SUFFIXES):
+    if model.config.tie_word_embeddings and _HEAD in checkpoint.tensors:
+        _check_tied(checkpoint.take(_HEAD), plan["embed.weight"][0])
+    for name, found in checkpoint.tensors.items():
+        if name not in used and found[0].is_float and _BUFFERS not in name.split("."):
             raise CheckpointError(
-                f"{tensor.path}: tensor {tensor.name!r} belongs to nothing in a {model.config.architecture} of this config.json"
+                f"{found[0].path}: tensor {name!r} belongs to nothing in a {model.config.architecture} of this config.json"
             )
     return plan
 
 
-def open_checkpoint(directory: Path) -> dict[str, Tensor]:
-    """Returns all tensors of a directory by name, unread: of ``model.safetensors``, or of the shards that an index names.
+def open_checkpoint(directory: Path) -> Checkpoint:
+    """Returns what is in ``model.safetensors``, or in the shards that an index names.
 
     Raises:
-        CheckpointError: A file is missing or damaged, the index disagrees with the shards, or a tensor is there twice.
+        CheckpointError: A file is missing or damaged.
     """
     index = directory / _INDEX
     weight_map = _read_index(index) if index.exists() else {}
-    tensors: dict[str, Tensor] = {}
+    tensors: dict[str, list[Tensor]] = {}
     for path in _files(directory, weight_map.values()):
         for name, tensor in read_header(path).items():
-            if name in tensors:
-                raise CheckpointError(f"{path}: tensor {name!r} is also in {tensors[name].path.name}")
-            tensors[name] = tensor
-    for name, file in weight_map.items():
-        if name not in tensors or tensors[name].path.name != file:
-            raise CheckpointError(f"{index}: tensor {name!r} should be in {file}, which does not hold it")
-    return tensors
+            tensors.setdefault(name, []).append(tensor)
+    return Checkpoint(directory, tensors, weight_map)
 
 
 def _read_index(path: Path) -> dict[str, str]:
@@ -124,21 +155,24 @@ def _files(directory: Path, shards: Iterable[str]) -> list[Path]:
     return paths
 
 
-def _take(tensors: dict[str, Tensor], name: str, directory: Path) -> Tensor:
-    if name not in tensors:
-        raise CheckpointError(f"{directory}: tensor {name!r} is missing")
-    return tensors.pop(name)
-
-
-def _check_tied(head: Tensor | None, embedding: Tensor) -> None:
-    if head is None:
-        return
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
-    if not (same and np.array_equal(head.read().view(np.uint8), embedding.read().view(np.uint8))):
+def _check_tied(head: Tensor, embedding: Tensor) -> None:
+    """Verifies that a head is the embedding's table, as far as the coarser of their dtypes can tell."""
+    same = head.shape == embedding.shape
+    if same:
+        coarser = min(head.dtype, embedding.dtype, key=lambda dtype: jnp.finfo(dtype).nmant)  # type: ignore[no-untyped-call]
+        one, other = head.read(), embedding.read()
+        for start in range(0, len(one), _TIED_ROWS):
+            rows = slice(start, start + _TIED_ROWS)
+            same = same and _bits(one[rows], coarser) == _bits(other[rows], coarser)
+    if not same:
         raise CheckpointError(f"{head.path}: tensor {head.name!r} is not {embedding.name!r}, but config.json says tie_word_embeddings")
 
 
-def _joined(tensors: list[Tensor], dtype: np.dtype) -> npt.NDArray:
+def _bits(values: npt.NDArray, dtype: np.dtype) -> bytes:
+    return values.astype(dtype, copy=False).tobytes()
+
+
+def _joined(tensors: Sequence[Tensor], dtype: np.dtype) -> npt.NDArray:
     parts = [_cast(tensor.read(), dtype) for tensor in tensors]
     return np.concatenate(parts) if len(parts) > 1 else np.array(parts[0])
 

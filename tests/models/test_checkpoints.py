@@ -14,7 +14,7 @@ from safetensors.numpy import load_file, save_file
 from jaxpaged.engine.hub import model_directory
 from jaxpaged.engine.loading import load_model, read_config
 from jaxpaged.engine.safetensors import read_header
-from jaxpaged.engine.weights import load_params, open_checkpoint
+from jaxpaged.engine.weights import load_params, match, open_checkpoint
 from jaxpaged.errors import CheckpointError, ConfigError
 from jaxpaged.models.model import Model
 
@@ -49,6 +49,13 @@ def write_header(directory: Path, header, data: bytes = b"", length: int | None 
     (directory / "model.safetensors").write_bytes(struct.pack("<Q", len(text) if length is None else length) + text + data)
 
 
+def read_raw(directory: Path) -> tuple[dict, bytes]:
+    content = (directory / "model.safetensors").read_bytes()
+    start = 8 + struct.unpack("<Q", content[:8])[0]
+    header = json.loads(content[8:start])
+    return {name: value for name, value in header.items() if name != "__metadata__"}, content[start:]
+
+
 def entry(dtype="F32", shape=(1,), offsets=(0, 4)):
     return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
 
@@ -76,7 +83,8 @@ def test_every_stored_dtype_loads_as_every_dtype(stored, dtype, tmp_path):
     tensors = {name: values.astype(stored) for name, values in make_tensors(HF).items()}
     write_checkpoint(tmp_path, HF, tensors)
     config = read_config(tmp_path, dtype=dtype)
-    params = load_params(Model.build(config), open_checkpoint(tmp_path), tmp_path)
+    model = Model.build(config)
+    params = load_params(model, match(model, open_checkpoint(tmp_path)))
     found = params["layers.0.mlp.down.weight"]
     assert found.dtype == dtype
     np.testing.assert_array_equal(found, tensors["model.layers.0.mlp.down_proj.weight"].astype(dtype))
@@ -165,9 +173,56 @@ def test_an_override_of_the_dtype_counts_in_whichever_spelling(tmp_path, stored,
     assert read_config(tmp_path, hf_overrides={override: "bfloat16"}).dtype == "bfloat16"
 
 
-def test_old_rotary_buffers_are_ignored(checkpoint):
-    change_tensors(checkpoint, lambda t: t.update({"model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32)}))
-    load_model(checkpoint)
+UNUSED = {
+    "model.layers.0.self_attn.rotary_emb.inv_freq": np.zeros(8, np.float32),
+    "model.layers.1.self_attn.rotary_emb.cos_cached": np.ones((1, 1, 4, 16), np.float16),
+    "model.rotary_emb.original_inv_freq": np.ones(8, np.int64),
+    "rotary_emb.long_inv_freq": np.ones(8, np.float64),
+    "model.embed_positions.position_ids": np.arange(4)[None],
+    "model.num_batches_tracked": np.zeros((), np.int64),
+    "model.layers.0.self_attn.mask": np.ones((1, 1, 4, 4), bool),
+    "version": np.zeros(3, np.uint8),
+}
+
+
+@pytest.mark.parametrize("name", UNUSED)
+def test_what_nobody_needs_is_not_judged(checkpoint, name):
+    _, expected = load_model(checkpoint)
+    change_tensors(checkpoint, lambda t: t.update({name: UNUSED[name]}))
+    jax.tree.map(np.testing.assert_array_equal, load_model(checkpoint)[1], expected)
+
+
+def test_a_dtype_that_is_not_known_is_judged_where_it_is_needed(checkpoint):
+    header, data = read_raw(checkpoint)
+    header["some.scales"] = {**header.pop("model.norm.weight"), "dtype": "Q4_NEW"}
+    write_header(checkpoint, header, data=data)
+    assert "'model.norm.weight' is missing" in refusal(checkpoint)
+    header["model.norm.weight"] = header.pop("some.scales")
+    write_header(checkpoint, header, data=data)
+    assert "tensor 'model.norm.weight': dtype 'Q4_NEW' is not supported; supported are F64, F32, F16, BF16" in refusal(checkpoint)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "F8_E4M3", "I64"])
+def test_a_weight_of_another_dtype_is_refused(checkpoint, dtype):
+    header, data = read_raw(checkpoint)
+    header["model.norm.weight"]["dtype"] = dtype
+    write_header(checkpoint, header, data=data)
+    assert f"tensor 'model.norm.weight': dtype '{dtype}' is not supported" in refusal(checkpoint)
+
+
+def test_a_float_that_is_no_weight_of_this_model_is_refused_even_if_it_could_not_be_read(checkpoint):
+    header, data = read_raw(checkpoint)
+    header["model.layers.0.self_attn.q_proj.weight_scale"] = entry(dtype="F8_E5M2", offsets=(len(data), len(data) + 4))
+    write_header(checkpoint, header, data=data + bytes(4))
+    assert "'model.layers.0.self_attn.q_proj.weight_scale' belongs to nothing" in refusal(checkpoint)
+
+
+def test_what_nobody_needs_has_no_say_in_the_dtype_of_weights(tmp_path, monkeypatch):
+    monkeypatch.setattr("jaxpaged.engine.loading.multiplies_bfloat16", lambda: True)
+    tensors = {name: values.astype("bfloat16") for name, values in make_tensors(HF).items()}
+    tensors["model.rotary_emb.cos_cached"] = np.ones((4, 16), np.float32)
+    _, params = load_model(write_checkpoint(tmp_path, {**HF, "dtype": "bfloat16"}, tensors))
+    assert params["embed.weight"].dtype == "bfloat16"
 
 
 def test_a_head_beside_a_tied_embedding_must_be_the_same(tmp_path):
@@ -177,6 +232,27 @@ def test_a_head_beside_a_tied_embedding_must_be_the_same(tmp_path):
     other = write_checkpoint(tmp_path / "other", hf, {**tensors, "lm_head.weight": tensors[EMBEDDING] + 1})
     assert "lm_head.weight" in refusal(other)
     assert "tie_word_embeddings" in refusal(other)
+    for change in (tensors[EMBEDDING][:-1], tensors[EMBEDDING].T.copy(), tensors[EMBEDDING].astype(np.int32)):
+        other = write_checkpoint(tmp_path / "other", hf, {**tensors, "lm_head.weight": change})
+        assert "lm_head.weight" in refusal(other)
+
+
+@pytest.mark.parametrize("stored", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("head", ["float16", "bfloat16", "float32", "float64"])
+@pytest.mark.parametrize("rows", [1, 99])
+def test_a_head_beside_a_tied_embedding_may_be_of_another_dtype(tmp_path, stored, head, rows, monkeypatch):
+    """The same table cast to each: what the coarser of the two can tell apart is told apart, in any piece of the table."""
+    monkeypatch.setattr("jaxpaged.engine.weights._TIED_ROWS", rows)
+    hf = {**HF, "tie_word_embeddings": True}
+    exact = make_tensors(hf)
+    table = np.round(exact[EMBEDDING].astype(np.float64) * 64) / 64
+    if {stored, head} != {"float16", "bfloat16"}:  # neither of which is the coarser one everywhere
+        table *= 1 + 2**-12
+    tensors = {**exact, EMBEDDING: table.astype(stored)}
+    _, params = load_model(write_checkpoint(tmp_path / "m", hf, {**tensors, "lm_head.weight": table.astype(head)}))
+    np.testing.assert_array_equal(params["embed.weight"], table.astype(stored).astype(np.float32))
+    table[-1, -1] += 0.25
+    assert "tie_word_embeddings" in refusal(write_checkpoint(tmp_path / "m", hf, {**tensors, "lm_head.weight": table.astype(head)}))
 
 
 # --------------------------------------------------------------------------------------------------- tensors that do not fit
@@ -246,10 +322,10 @@ def test_a_header_of_more_than_100_mb_is_not_read(checkpoint):
 
 BAD_ENTRIES = {
     "entry is a list": ([], "not an object"),
-    "no dtype": ({"shape": [1], "data_offsets": [0, 4]}, "dtype None"),
-    "unknown dtype": (entry(dtype="Q4"), "dtype 'Q4' is not supported"),
-    "integer dtype": (entry(dtype="I32"), "dtype 'I32' is not supported"),
-    "dtype is a list": (entry(dtype=["F32"]), "is not supported"),
+    "no dtype": ({"shape": [1], "data_offsets": [0, 4]}, "dtype must be a name"),
+    "dtype is a list": (entry(dtype=["F32"]), "dtype must be a name"),
+    "offsets of an unknown dtype backwards": (entry(dtype="Q4", offsets=(4, 0)), "its offsets give -4"),
+    "an unknown dtype beyond the end": (entry(dtype="Q4", offsets=(0, 5)), "truncated"),
     "negative size": (entry(shape=(-1,)), "shape must be a list"),
     "size is true": (entry(shape=(True,)), "shape must be a list"),
     "size is a float": (entry(shape=(1.0,)), "shape must be a list"),
@@ -341,6 +417,15 @@ def test_an_index_that_names_the_wrong_shard_is_refused(sharded):
     other = {"model-00001-of-00002.safetensors": "model-00002-of-00002.safetensors"}
     text = refusal(set_index(sharded, lambda weights: weights.update({EMBEDDING: other.get(weights[EMBEDDING], *other)})))
     assert f"tensor {EMBEDDING!r} should be in" in text
+
+
+def test_a_buffer_may_be_in_two_shards_or_where_the_index_does_not_say(sharded):
+    _, expected = load_model(sharded)
+    for number, value in (("1", 0.0), ("2", 1.0)):
+        path = sharded / f"model-0000{number}-of-00002.safetensors"
+        save_file({**load_file(path), "model.rotary_emb.inv_freq": np.full(8, value, np.float32)}, path)
+    set_index(sharded, lambda weights: weights.update({"model.rotary_emb.cos": "model-00001-of-00002.safetensors"}))
+    jax.tree.map(np.testing.assert_array_equal, load_model(sharded)[1], expected)
 
 
 def test_a_tensor_in_two_shards_is_refused(sharded):

@@ -8,7 +8,7 @@ import pytest
 from model_checkpoints import CASES, generate_paged, make_prompts, make_tensors, write_checkpoint
 
 from jaxpaged.engine.loading import read_config
-from jaxpaged.engine.weights import load_params, open_checkpoint
+from jaxpaged.engine.weights import load_params, match, open_checkpoint
 from jaxpaged.layers.rope import attention_factor, inverse_frequencies
 from jaxpaged.models.model import Model
 
@@ -21,7 +21,7 @@ TOLERANCE = 1e-4
 def load(directory: Path, name: str, **changes):
     write_checkpoint(directory, CASES[name], make_tensors(CASES[name]), dtype=changes.get("weight_dtype"), shards=3)
     model = Model.build(replace(read_config(directory, dtype="float32"), **changes))
-    return model, load_params(model, open_checkpoint(directory), directory)
+    return model, load_params(model, match(model, open_checkpoint(directory)))
 
 
 def worst_difference(name: str, generations) -> float:
