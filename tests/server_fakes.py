@@ -165,7 +165,7 @@ class FakeAsyncEngine:
         await self.gate.wait()
         await asyncio.sleep(self.step_s)
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request, *, is_blocked: Callable[[], bool] = lambda: False) -> FakeStream:
         if self.state != "ready":
             raise EngineStopped("secret /home/somebody 0xdeadbeef")
         if len(self.running) >= self.max_calls:
