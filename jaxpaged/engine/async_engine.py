@@ -234,6 +234,7 @@ class AsyncEngine:
         self._streams: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
         self._resets: dict[int, asyncio.Future[None]] = {}
         self._num_resets = 0
+        self._num_refused = 0
         self._changed: asyncio.Event | None = None
 
     # ------------------------------------------------------------------------------------------- called from the loop's thread
@@ -292,7 +293,9 @@ class AsyncEngine:
         if request.id in self._streams:
             raise RequestError(f"request id {request.id} is in use")
         if len(self._streams) >= info.max_num_seqs + info.max_waiting and self._num_open() >= info.max_num_seqs + info.max_waiting:
-            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=1)
+            self.count_refusal()
+            retry_after_s = 1 if self._engine is None else self._engine.scheduler.retry_after_s()
+            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=retry_after_s)
         stream = RequestStream(request, self.abort, is_blocked)
         self._streams[request.id] = stream
         self._inbox.put(_Submit(request))
@@ -341,9 +344,14 @@ class AsyncEngine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    def count_refusal(self) -> None:
+        """Counts a request that was refused for want of room before the engine's thread saw it; call from the loop's thread."""
+        self._num_refused += 1
+
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters; callable from any thread."""
-        return EngineStats() if self._engine is None else self._engine.stats()
+        stats = EngineStats() if self._engine is None else self._engine.stats()
+        return dataclasses.replace(stats, refused=stats.refused + self._num_refused)
 
     def _num_open(self) -> int:
         return sum(not stream.ended for stream in list(self._streams.values()))

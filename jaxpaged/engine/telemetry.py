@@ -140,7 +140,7 @@ class EngineStats:
         compilations_after_ready: Programs compiled while serving; anything but 0 is a fault of the buckets.
         compile_s: Seconds spent on compiling, start-up included.
         recoveries: Failed steps that the engine recovered from.
-        refused: Requests refused because the queue was full.
+        refused: Requests refused for want of room: the queue was full, or too many large bodies were arriving.
         finished: Finished sequences by finish reason (``stop``, ``length``, ``abort``, ``error``).
         histograms: By name, see ``HISTOGRAMS``.
     """

@@ -283,8 +283,12 @@ def test_refusals_come_before_the_first_event():
             assert caught.value.code == "context_length_exceeded"
             runner.gate.clear()
             streams = [engine.submit(make(f"r{i}", [1])) for i in range(SEQS + 2)]
-            with pytest.raises(QueueFull):
-                engine.submit(make("full", [1]))
+            engine._engine.scheduler.retry_after_s = lambda: 17
+            for refused in range(1, 4):
+                with pytest.raises(QueueFull) as full:
+                    engine.submit(make("full", [1]))
+                assert full.value.retry_after_s == 17
+                assert engine.stats().refused == refused
             with pytest.raises(RequestError):
                 engine.submit(make("r0", [1]))
             runner.gate.set()
@@ -312,6 +316,7 @@ def test_the_schedulers_own_refusal_reaches_the_stream():
                 await anext(second)
             for stream in first:
                 await tokens_of(stream)
+            assert engine.stats().refused == 1
 
     asyncio.run(main())
 
