@@ -20,7 +20,7 @@ With = Literal["both", "samples", "beams"]
 
 MAX_BEAM_WIDTH = 10
 MAX_STOP_STRINGS = 16
-MAX_STOP_BYTES = 256
+MAX_STOP_CHARS = 256
 MAX_TOKEN_IDS = 1024
 MAX_SEED = 2**63 - 1
 
@@ -77,7 +77,7 @@ class Field:
             case "int_list":
                 return f"a list of at most {self.max_items} integers{span}"
             case "string_list":
-                return f"a string or a list of at most {self.max_items} non-empty strings of at most {MAX_STOP_BYTES} bytes each"
+                return f"a string or a list of at most {self.max_items} non-empty strings of at most {MAX_STOP_CHARS} characters each"
             case "bias_map":
                 return f"an object of at most {self.max_items} token ids to numbers{span}"
 
@@ -101,7 +101,13 @@ SAMPLING_FIELDS: tuple[Field, ...] = (
     ),
     Field("use_beam_search", "bool", "Beam search instead of sampling: the n most likely texts that it finds.", default=False),
     Field(
-        "beam_width", "int", "Beams that are kept at each token, at least n; n if not given.", low=1, high=MAX_BEAM_WIDTH, goes_with="beams"
+        "beam_width",
+        "int",
+        "Beams that are kept at each token, at least n; n if not given.",
+        low=1,
+        high=MAX_BEAM_WIDTH,
+        goes_with="beams",
+        neutral=(1,),
     ),
     Field(
         "length_penalty",
@@ -363,9 +369,7 @@ def _fits(field: Field, value: object) -> bool:
             )
         case "string_list":
             items = [value] if isinstance(value, str) else value
-            return _is_list(items, field) and all(
-                isinstance(i, str) and 0 < len(i.encode("utf-8", "replace")) <= MAX_STOP_BYTES for i in items
-            )
+            return _is_list(items, field) and all(isinstance(i, str) and 0 < len(i) <= MAX_STOP_CHARS for i in items)
         case "bias_map":
             return (
                 isinstance(value, Mapping)

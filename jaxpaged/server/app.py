@@ -204,8 +204,14 @@ class Routes:
         return json_response(self._describe())
 
     def _describe(self) -> dict[str, Any]:
-        config = self._service.config
-        return describe_api(version=self._service.version, needs_key=self._needs_key, root_path=config.root_path)
+        service, info = self._service, self._service.engine.info
+        return describe_api(
+            version=service.version,
+            needs_key=self._needs_key,
+            root_path=service.config.root_path,
+            names=() if info is None else service.names(info),
+            vocab_size=None if info is None else info.model_config.vocab_size,
+        )
 
 
 class _Generate:

@@ -13,7 +13,7 @@ from typing import Any, Literal
 from jaxpaged.config import MAX_LOGPROBS
 from jaxpaged.engine.conversation import RESERVED_TEMPLATE_KEYS
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.fields import SAMPLING_FIELDS, Field, asks_for_nothing
+from jaxpaged.scheduling.fields import MAX_STOP_CHARS, SAMPLING_FIELDS, Field, asks_for_nothing
 
 Status = Literal["honoured", "no effect", "unsupported"]
 
@@ -23,7 +23,7 @@ MAX_PROMPTS = 1024
 MAX_MESSAGES = 4096
 """Most messages of a chat."""
 
-MAX_LABEL_BYTES = 256
+MAX_LABEL_CHARS = 256
 """Longest string that only identifies somebody or something (user, model, ...)."""
 
 MAX_TOOLS = 128
@@ -37,6 +37,10 @@ MAX_TEMPLATE_KWARGS_BYTES = 32 * 1024
 
 MAX_IDS = 2**20
 """Most token ids in a list; what the model takes is less and is checked where the model is known."""
+
+
+TOKEN_ID = {"$ref": "#/components/schemas/TokenId"}
+"""Schema of an id of the running server's vocabulary."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -68,14 +72,19 @@ class BodyField:
     neutral: tuple[Any, ...] = ()
     empty_asks: bool = False
 
+    @property
+    def takes_integers(self) -> bool:
+        """Whether its numbers are whole: token ids, counts."""
+        return self.spec.kind in ("int", "int_list") if self.spec is not None else self.name in ("prompt", "tokens")
+
     def check(self, value: object) -> None:
         """Raises RequestError, naming the field, unless ``value`` fits."""
         if value is None:
             return
         if self.spec is not None:
             self.spec.check(value)
-        if isinstance(value, str) and self.spec is not None and self.spec.kind == "string" and len(value.encode()) > MAX_LABEL_BYTES:
-            raise RequestError(f"{self.name} must be a string of at most {MAX_LABEL_BYTES} bytes", param=self.name)
+        if isinstance(value, str) and self.spec is not None and self.spec.kind == "string" and len(value) > MAX_LABEL_CHARS:
+            raise RequestError(f"{self.name} must be a string of at most {MAX_LABEL_CHARS} characters", param=self.name)
         if self.status == "unsupported" and (self.empty_asks or not asks_for_nothing(value, self.neutral)):
             raise RequestError(f"{self.name} is not supported by this server", param=self.name, code="unsupported_parameter")
 
@@ -106,17 +115,24 @@ def json_schema(spec: Field) -> dict[str, Any]:
     number: dict[str, Any] = {"type": "integer" if spec.kind in ("int", "int_list") else "number", **bounds}
     if spec.forbidden:
         number["not"] = {"enum": list(spec.forbidden)}
+    text = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
     schemas: dict[str, dict[str, Any]] = {
         "int": number,
         "float": number,
         "bool": {"type": "boolean"},
-        "string": {"type": "string", "maxLength": MAX_LABEL_BYTES},
-        "int_list": {"type": "array", "items": number, "maxItems": spec.max_items},
-        "string_list": {"anyOf": [{"type": "string"}, {"type": "array", "items": {"type": "string"}, "maxItems": spec.max_items}]},
+        "string": {"type": "string", "maxLength": MAX_LABEL_CHARS},
+        "int_list": {"type": "array", "items": TOKEN_ID, "maxItems": spec.max_items},
+        "string_list": {"anyOf": [text, {"type": "array", "items": text, "maxItems": spec.max_items}]},
         "early_stopping": {"enum": [True, False, "never"]},
-        "bias_map": {"type": "object", "additionalProperties": number, "maxProperties": spec.max_items},
+        "bias_map": {
+            "type": "object",
+            "propertyNames": {"pattern": "^(0|[1-9][0-9]{0,9})$"},
+            "additionalProperties": number,
+            "maxProperties": spec.max_items,
+        },
     }
-    return schemas[spec.kind]
+    schema = schemas[spec.kind]
+    return schema | {"minItems": 1} if spec.name == "allowed_token_ids" else schema
 
 
 def _label(name: str) -> Field:
@@ -139,14 +155,14 @@ _FUNCTION_CALL: dict[str, Any] = {
     "type": "object",
     "required": ["name"],
     "properties": {
-        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_BYTES},
+        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_CHARS},
         "arguments": {"type": ["string", "object", "null"], "description": "A JSON object, or its text."},
     },
 }
 
 
 def _message(roles: list[str], content: dict[str, Any], required: list[str], **more: Any) -> dict[str, Any]:
-    name = {"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES}
+    name = {"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS}
     properties = {"role": {"enum": roles}, "content": content, "name": name, **more}
     return {"type": "object", "required": ["role", *required], "properties": properties}
 
@@ -168,7 +184,7 @@ _MESSAGE_SCHEMA = {
                     "type": "object",
                     "required": ["function"],
                     "properties": {
-                        "id": {"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES},
+                        "id": {"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS},
                         "type": {"enum": ["function", None]},
                         "function": _FUNCTION_CALL,
                     },
@@ -179,7 +195,7 @@ _MESSAGE_SCHEMA = {
             ["tool", "function"],
             {"anyOf": [{"type": ["string", "null"]}, _TEXT_PARTS]},
             [],
-            tool_call_id={"type": ["string", "null"], "maxLength": MAX_LABEL_BYTES},
+            tool_call_id={"type": ["string", "null"], "maxLength": MAX_LABEL_CHARS},
         ),
     ]
 }
@@ -187,12 +203,12 @@ _MESSAGE_SCHEMA = {
 MODEL = BodyField(
     "model",
     "A name from /v1/models.",
-    f"a string of at most {MAX_LABEL_BYTES} bytes",
-    {"type": "string"},
+    f"a string of at most {MAX_LABEL_CHARS} characters",
+    {"$ref": "#/components/schemas/ModelName"},
     required=True,
     spec=_label("model"),
 )
-OPTIONAL_MODEL = dataclasses.replace(MODEL, required=False, default="the served model")
+OPTIONAL_MODEL = dataclasses.replace(MODEL, required=False, meaning="A name from /v1/models; the served model if absent.")
 MESSAGES = BodyField(
     "messages",
     "The conversation; each message has a role (developer, system, user, assistant, tool, function) and a content: a string, or a list of "
@@ -201,7 +217,7 @@ MESSAGES = BodyField(
     {"type": "array", "items": _MESSAGE_SCHEMA, "minItems": 1, "maxItems": MAX_MESSAGES},
     required=True,
 )
-_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+_IDS_SCHEMA = {"type": "array", "items": TOKEN_ID, "minItems": 1, "maxItems": MAX_IDS}
 PROMPT = BodyField(
     "prompt",
     "The text to complete, its token ids, or several of either.",
@@ -216,6 +232,7 @@ PROMPT = BodyField(
     },
     required=True,
 )
+STREAM_OPTION_NAMES = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 STREAM_OPTIONS = BodyField(
     "stream_options",
     "Only with stream: include_usage sends the token counts in a last chunk, continuous_usage_stats in every chunk; "
@@ -223,7 +240,7 @@ STREAM_OPTIONS = BodyField(
     "an object of booleans",
     {
         "type": "object",
-        "properties": {name: {"type": "boolean"} for name in ("include_usage", "continuous_usage_stats", "include_obfuscation")},
+        "properties": {name: {"type": ["boolean", "null"]} for name in STREAM_OPTION_NAMES},
     },
 )
 TOOLS = BodyField(
@@ -242,7 +259,7 @@ TOOLS = BodyField(
                     "type": "object",
                     "required": ["name"],
                     "properties": {
-                        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_BYTES},
+                        "name": {"type": "string", "minLength": 1, "maxLength": MAX_LABEL_CHARS},
                         "description": {"type": ["string", "null"]},
                         "parameters": {"type": ["object", "null"]},
                     },
@@ -372,7 +389,7 @@ DETOKENIZE_FIELDS: tuple[BodyField, ...] = (
         "tokens",
         "Token ids to turn into text.",
         f"a list of at most {MAX_IDS} integers in [0, vocabulary)",
-        {"type": "array", "items": {"type": "integer", "minimum": 0}, "maxItems": MAX_IDS},
+        {"type": "array", "items": TOKEN_ID, "maxItems": MAX_IDS},
         required=True,
     ),
 )

@@ -154,6 +154,9 @@ def needs_text(call: Call) -> bool:
 
 def _generation(call: GenerationCall, info: EngineInfo, job: Job) -> PreparedGeneration:
     params = make_params(call.sampling, info)
+    if call.stream and (params.best_of or 0) > params.n:
+        message = "best_of above n cannot be streamed: which completions are best is not known before all have ended"
+        raise RequestError(message, param="best_of")
     _check_amount(call, params)
     prompts = []
     for i, prompt in enumerate(call.prompts or (None,)):

@@ -20,12 +20,13 @@ from jaxpaged.server.fields import (
     COMPLETION_FIELDS,
     DETOKENIZE_FIELDS,
     MAX_IDS,
-    MAX_LABEL_BYTES,
+    MAX_LABEL_CHARS,
     MAX_MESSAGES,
     MAX_PROMPTS,
     MAX_TEMPLATE_KWARGS,
     MAX_TEMPLATE_KWARGS_BYTES,
     MAX_TOOLS,
+    STREAM_OPTION_NAMES,
     TOKENIZE_FIELDS,
     BodyField,
 )
@@ -33,7 +34,6 @@ from jaxpaged.server.fields import (
 _SAMPLING_NAMES = frozenset(spec.name for spec in SAMPLING_FIELDS)
 _TOKEN_ID_KEY = re.compile(r"(?:0|[1-9][0-9]{0,9})")
 _SHOWN_NAME = re.compile(r"[A-Za-z0-9_.\[\]-]{1,64}")
-_STREAM_OPTIONS = ("include_usage", "continuous_usage_stats", "include_obfuscation")
 _INDEX = re.compile(r"\[[0-9]+\]")
 _VARIABLE = re.compile(r"[A-Za-z_][A-Za-z0-9_]{0,63}")
 _ROLES = ("developer", "system", "user", "assistant", "tool", "function")
@@ -260,8 +260,18 @@ def _read(body: Mapping[str, Any], fields: Sequence[BodyField]) -> tuple[dict[st
     if "logit_bias" in values:
         values["logit_bias"] = _parse_bias(values["logit_bias"])
     for name, value in values.items():
+        values[name] = value = _whole_numbers(value) if known[name].takes_integers else value
         known[name].check(value)
     return values, tuple(name for name in body if name not in known)
+
+
+def _whole_numbers(value: Any) -> Any:
+    """Returns a number, or the numbers in lists, as integers where they are: 5.0 is 5, as JSON has only one kind of number."""
+    if isinstance(value, float) and value.is_integer():
+        return int(value)
+    if isinstance(value, list) and any(isinstance(item, float | list) for item in value):
+        return [_whole_numbers(item) for item in value]
+    return value
 
 
 def _sampling(values: Mapping[str, Any]) -> dict[str, Any]:
@@ -290,19 +300,17 @@ def _check_streamable(values: Mapping[str, Any]) -> None:
         raise _bad("prompt_logprobs cannot be streamed", "prompt_logprobs")
     if values.get("use_beam_search"):
         raise _bad("use_beam_search cannot be streamed: no text is decided before the search has ended", "use_beam_search")
-    if values.get("best_of", 1) > values.get("n", 1):
-        raise _bad("best_of above n cannot be streamed: which completions are best is not known before all have ended", "best_of")
 
 
 def _parse_stream_options(options: object, stream: bool) -> Mapping[str, bool]:
-    if asks_for_nothing(options):
+    if options is None:
         return {}
     if not isinstance(options, dict):
         raise _bad(f"stream_options must be an object of booleans; got {_shown(options)}", "stream_options")
-    for name in _STREAM_OPTIONS:
+    for name in STREAM_OPTION_NAMES:
         if not isinstance(options.get(name), bool | None):
             raise _bad(f"stream_options.{name} must be true or false; got {_shown(options[name])}", f"stream_options.{name}")
-    wanted = {name: True for name in _STREAM_OPTIONS if options.get(name)}
+    wanted = {name: True for name in STREAM_OPTION_NAMES if options.get(name)}
     if wanted and not stream:
         raise _bad("stream_options needs stream to be true", "stream_options")
     return wanted
@@ -369,17 +377,22 @@ def _parse_message(message: object, where: str, ignored: dict[str, None]) -> Mes
             continue
         if key != "name" and key not in _MESSAGE_KEYS_OF_ROLES:
             ignored[f"messages.{key}"] = None
-        elif not asks_for_nothing(value):
-            parsed[key] = _parse_message_key(key, value, role, f"{where}.{key}", ignored)
+        elif value is not None:
+            found = _parse_message_key(key, value, role, f"{where}.{key}", ignored)
+            if not asks_for_nothing(found):
+                parsed[key] = found
     return parsed
 
 
 def _parse_message_key(key: str, value: object, role: str, where: str, ignored: dict[str, None]) -> object:
     """Returns the value of a key that only some messages have; whether the model's template shows it is seen where the template is."""
-    if key == "audio":
-        raise RequestError(f"{where} is not supported by this server", param=where, code="unsupported_parameter")
-    if key != "name" and role not in _MESSAGE_KEYS_OF_ROLES[key]:
-        raise _bad(f"{where} belongs to messages of role {' or '.join(_MESSAGE_KEYS_OF_ROLES[key])} only, not {role}", where)
+    roles = _MESSAGE_KEYS_OF_ROLES.get(key)
+    if roles is not None and role not in roles:
+        if asks_for_nothing(value):
+            return None
+        if not roles:
+            raise RequestError(f"{where} is not supported by this server", param=where, code="unsupported_parameter")
+        raise _bad(f"{where} belongs to messages of role {' or '.join(roles)} only, not {role}", where)
     match key:
         case "tool_calls":
             if not isinstance(value, list) or len(value) > MAX_TOOLS:
@@ -423,16 +436,16 @@ def _parse_function(function: object, where: str, ignored: dict[str, None]) -> M
 
 
 def _parse_label(value: object, where: str, *, empty: bool = True) -> str:
-    if not isinstance(value, str) or len(value.encode()) > MAX_LABEL_BYTES or not (value or empty):
+    if not isinstance(value, str) or len(value) > MAX_LABEL_CHARS or not (value or empty):
         raise _bad(
-            f"{where} must be a{'' if empty else ' non-empty'} string of at most {MAX_LABEL_BYTES} bytes; got {_shown(value)}", where
+            f"{where} must be a{'' if empty else ' non-empty'} string of at most {MAX_LABEL_CHARS} characters; got {_shown(value)}", where
         )
     return value
 
 
 def _parse_tools(tools: object) -> tuple[Mapping[str, Any], ...] | None:
     """Returns the tools as the client gave them, for the template to show; None for none."""
-    if asks_for_nothing(tools):
+    if tools is None:
         return None
     if not isinstance(tools, list) or len(tools) > MAX_TOOLS:
         raise _bad(f"tools must be a list of at most {MAX_TOOLS} tools; got {_shown(tools)}", "tools")
@@ -445,13 +458,13 @@ def _parse_tools(tools: object) -> tuple[Mapping[str, Any], ...] | None:
         for key, kind, shown in (("description", str, "a string"), ("parameters", dict, "an object")):
             if not isinstance(function.get(key), kind | None):
                 raise _bad(f"{where}.function.{key} must be {shown}; got {_shown(function[key])}", f"{where}.function.{key}")
-    return tuple(tools)
+    return tuple(tools) or None
 
 
 def _parse_template_kwargs(given: object) -> Mapping[str, Any]:
     """Returns the template's variables; the body has bounded how deep they nest."""
     where = "chat_template_kwargs"
-    if asks_for_nothing(given):
+    if given is None:
         return {}
     if not isinstance(given, dict) or len(given) > MAX_TEMPLATE_KWARGS:
         raise _bad(f"{where} must be an object of at most {MAX_TEMPLATE_KWARGS} names; got {_shown(given)}", where)
@@ -461,13 +474,13 @@ def _parse_template_kwargs(given: object) -> Mapping[str, Any]:
             raise _bad(f"{where}: {_shown(name)} {rule}", where)
     if (size := len(json.dumps(given))) > MAX_TEMPLATE_KWARGS_BYTES:
         raise _bad(f"{where} must have at most {MAX_TEMPLATE_KWARGS_BYTES} bytes of JSON; got {size}", where)
-    return given
+    return {} if asks_for_nothing(given) else given
 
 
 def _parse_content(content: object, where: str, *, may_be_empty: bool) -> str:
     if isinstance(content, str):
         return content
-    if may_be_empty and asks_for_nothing(content):
+    if may_be_empty and (content is None or content == []):
         return ""
     if not isinstance(content, list) or not content:
         raise _bad(f"{where} must be a string or a list of text parts; got {_shown(content)}", where)

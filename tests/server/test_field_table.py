@@ -5,17 +5,17 @@ import math
 import pytest
 from server_harness import BODIES
 
-from jaxpaged.scheduling.fields import MAX_STOP_BYTES
-from jaxpaged.server.fields import ENDPOINTS, MAX_LABEL_BYTES
+from jaxpaged.scheduling.fields import MAX_STOP_CHARS
+from jaxpaged.server.fields import ENDPOINTS, MAX_LABEL_CHARS
 
 WRONG = {
-    "int": ["5", 1.0, 1.5, True, [], {}, "", [1], 2**63, -(2**63) - 1, 10**30],
+    "int": ["5", 1.5, 1e300, True, [], {}, "", [1], 2**63, -(2**63) - 1, 10**30],
     "float": ["0.5", True, [], {}, "", 10**30],
     "bool": ["true", 0, 1, "", [], {}, 1.0],
     "early_stopping": ["true", "Never", "", 0, 1, 1.0, [], {}],
-    "string": [1, True, [], {}, ["x"], 1.5, "x" * (MAX_LABEL_BYTES + 1), "é" * (MAX_LABEL_BYTES // 2 + 1)],
-    "int_list": ["5", 5, True, {}, [1.0], ["5"], [True], [None], [[1]], [2**31], [-1]],
-    "string_list": [5, True, {}, [""], "", [5], [None], [["x"]], "x" * (MAX_STOP_BYTES + 1), ["x" * (MAX_STOP_BYTES + 1)]],
+    "string": [1, True, [], {}, ["x"], 1.5, "x" * (MAX_LABEL_CHARS + 1), "é" * (MAX_LABEL_CHARS + 1)],
+    "int_list": ["5", 5, True, {}, [1.5], ["5"], [True], [None], [[1]], [2**31], [-1]],
+    "string_list": [5, True, {}, [""], "", [5], [None], [["x"]], "x" * (MAX_STOP_CHARS + 1), ["x" * (MAX_STOP_CHARS + 1)]],
     "bias_map": [
         "x",
         5,
@@ -63,9 +63,9 @@ def within(spec):
         case "early_stopping":
             return [True, False, "never"]
         case "string":
-            return ["", "x" * MAX_LABEL_BYTES]
+            return ["", "x" * MAX_LABEL_CHARS, "👍" * MAX_LABEL_CHARS]
         case "string_list":
-            return ["x", ["x"], ["x"] * spec.max_items, "é" * (MAX_STOP_BYTES // 2), []]
+            return ["x", ["x"], ["x"] * spec.max_items, "👍" * MAX_STOP_CHARS, []]
         case "int_list":
             return [[0], [5, 6, 5]]
         case "bias_map":
@@ -159,11 +159,10 @@ NOTHING_OF_CHATS = [
     {"modalities": ["text"]},
 ]
 EMPTY_PARTS = [
-    *({key: value} for key in ("content", "reasoning_content", "reasoning", "tool_calls", "audio", "name") for value in (None, "", [], {})),
-    {"function_call": None},
-    {"function_call": {}},
-    {"function_call": {"name": None, "arguments": None}},
-    {"audio": {"id": None}},
+    *({key: None} for key in ("content", "reasoning_content", "reasoning", "tool_calls", "function_call", "audio", "name", "tool_call_id")),
+    *({key: ""} for key in ("content", "reasoning_content", "reasoning", "audio", "name", "tool_call_id")),
+    *({key: []} for key in ("content", "tool_calls", "audio", "tool_call_id")),
+    *({"audio": value} for value in ({}, {"id": None})),
 ]
 
 
