@@ -53,6 +53,8 @@ def add_options(parser: argparse.ArgumentParser, *groups: type) -> None:
     sections: dict[type, Any] = {}
     for opt in iter_options(*groups):
         if opt.name == "model":
+            # Before the flags, since one that takes several texts would take it too; and all flags stand below with their meaning.
+            parser.usage = "%(prog)s [MODEL] [--flag [VALUE ...] ...]"
             parser.add_argument("model_argument", nargs="?", metavar="MODEL", help=opt.help)
         section = sections.get(opt.group)
         if section is None:

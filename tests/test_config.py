@@ -284,6 +284,8 @@ def test_help_is_for_people(command, capsys):
     assert "``" not in out
     assert str(ROOT) not in out
     assert "--tensor-parallel-size" not in out
+    assert out.startswith(f"usage: jaxpaged {command} [")
+    assert out.index("[MODEL]") < out.index("--") if "MODEL" in out else command == "collect-env"
 
 
 def test_usage_and_unknown_commands(capsys):
