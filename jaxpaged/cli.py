@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 from jaxpaged.config import suggest
 from jaxpaged.errors import ConfigError, JaxpagedError
-from jaxpaged.flags import fail
+from jaxpaged.flags import INTERRUPTED, fail
 from jaxpaged.version import installed_version
 
 COMMANDS = {
@@ -31,11 +31,11 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: Arguments after the program's name; default: the process's.
 
     Returns:
-        The exit code: 0, or 2 with one line on standard error for a mistake in the options.
+        The exit code: 0, 130 after Ctrl-C, or 2 with one line on standard error for a mistake in the options.
     """
     _open_standard_streams()
     args = list(sys.argv[1:] if argv is None else argv)
-    if not args or args[0] in ("-h", "--help"):
+    if not args or args[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0 if args else 2
     if args[0] in ("-V", "--version", "version"):
@@ -48,7 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except JaxpagedError as error:
         return fail(error)
     except KeyboardInterrupt:
-        return 130
+        return INTERRUPTED
     return code
 
 

@@ -62,7 +62,7 @@ class GenerationError(JaxpagedError):
     """One request ended by a fault on our side; its neighbours are not touched.
 
     Attributes:
-        code: ``numerical_error`` (NaN logits) or ``internal_error``.
+        code: ``numerical_error`` (NaN logits), ``slow_reader`` (its client does not take what is sent) or ``internal_error``.
     """
 
     def __init__(self, message: str, *, code: str = "internal_error") -> None:

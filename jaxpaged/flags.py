@@ -16,6 +16,9 @@ from jaxpaged.config import EngineConfig, Option, iter_options, make_config, rea
 from jaxpaged.errors import ConfigError
 from jaxpaged.vllm_options import VLLM_OPTIONS, VllmOption, replace_vllm_options
 
+INTERRUPTED = 130
+"""Exit code after Ctrl-C, as shells have it: 128 and the number of SIGINT."""
+
 
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser whose complaints are ConfigErrors, that takes no abbreviations, and answers unknown flags by name."""

@@ -353,6 +353,8 @@ class LLM:
         if len(each) != len(items):
             raise RequestError(f"sampling_params must be one, or one per prompt ({len(items)}); got {len(each)}", param="sampling_params")
         for given in {id(given): given for given in each}.values():
+            if not isinstance(given, SamplingParams):
+                raise RequestError(f"sampling_params must be SamplingParams; got {type(given).__name__}", param="sampling_params")
             check_params(given, self.info)
         return each
 

@@ -125,6 +125,7 @@ class FakeAsyncEngine:
         self.logprob: Callable[[int], float] = lambda index: -0.5
         self.caching = False
         self.num_resets = 0
+        self.num_refused = 0
         self.aborted: list[tuple[str, int | None]] = []
         self._seen: dict[str, set[tuple[int, ...]]] = {}
         self.reply: Callable[[Request], tuple[int, ...]] = lambda request: request.prompt
@@ -165,10 +166,11 @@ class FakeAsyncEngine:
         await self.gate.wait()
         await asyncio.sleep(self.step_s)
 
-    def submit(self, request: Request) -> FakeStream:
+    def submit(self, request: Request, *, is_blocked: Callable[[], bool] = lambda: False) -> FakeStream:
         if self.state != "ready":
             raise EngineStopped("secret /home/somebody 0xdeadbeef")
         if len(self.running) >= self.max_calls:
+            self.count_refusal()
             raise QueueFull("the queue is full", retry_after_s=7)
         self.submitted.append(request)
         self.running[request.id] = FakeStream(self, request)
@@ -202,8 +204,11 @@ class FakeAsyncEngine:
         self.state = "stopped"
         self.gate.set()
 
+    def count_refusal(self) -> None:
+        self.num_refused += 1
+
     def stats(self) -> EngineStats:
-        return EngineStats(running=len(self.running), num_pages=65, page_size=16)
+        return EngineStats(running=len(self.running), num_pages=65, page_size=16, refused=self.num_refused)
 
     def script(self, request: Request):
         """Yields what is said of the prompt for each sample, the reply's tokens in turn for each, then the end of each."""

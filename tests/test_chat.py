@@ -25,6 +25,7 @@ terminal = os.open(sys.argv.pop(1), os.O_RDWR)
 for number in (0, 1, 2):
     os.dup2(terminal, number)
 if sys.argv[1] == "fake":
+    import threading, time
     import jaxpaged.commands.chat_local
     from server_fakes import FakeAsyncEngine
     step_s, state = float(sys.argv[2]), sys.argv[3]
@@ -33,7 +34,12 @@ if sys.argv[1] == "fake":
             super().__init__(step_s=step_s)
             self.state = state
             self.reply = lambda request: tuple(token for token in request.prompt if token < 256)
+        def start(self, loop):
+            print("engine started", flush=True)
         def stop(self, timeout_s):
+            if self.state == "compiling":  # what it is deep in would keep an orderly exit waiting
+                threading.Thread(target=time.sleep, args=(60,)).start()
+                return
             print("running", len(self.running))
             super().stop()
             print("engine stopped")
@@ -184,7 +190,7 @@ def test_ctrl_c_while_one_question_is_answered_ends_the_command(chat):
     if chat.server:
         until(lambda: chat.server.engine.running, seconds=60.0)
     else:
-        time.sleep(6)
+        talk.expect("engine started")
     talk.type(CTRL_C)
     shown = talk.ends(130, seconds=10.0)
     assert "Traceback" not in shown
@@ -192,11 +198,25 @@ def test_ctrl_c_while_one_question_is_answered_ends_the_command(chat):
 
 def test_ctrl_c_while_a_model_is_loaded_ends_the_command(terminal):
     talk = terminal("fake", "0", "loading", "chat")
-    time.sleep(6)
+    talk.expect("engine started")
     talk.type(CTRL_C)
     shown = talk.ends(130, seconds=10.0)
     assert "Traceback" not in shown
     assert "engine stopped" in shown
+
+
+def test_ctrl_c_does_not_wait_for_a_compilation(terminal):
+    talk = terminal("fake", "0", "compiling", "chat")
+    talk.expect("engine started")
+    talk.type(CTRL_C)
+    assert "Traceback" not in talk.ends(130, seconds=10.0)
+
+
+def test_prompts_are_asked_for_at_a_terminal(terminal):
+    talk = terminal("generate")
+    talk.expect("jaxpaged: type prompts, one a line; Ctrl-D ends them")
+    talk.type(CTRL_D)
+    assert "no prompt: give --prompt TEXT" in talk.ends(2)
 
 
 def test_a_conversation(chat):

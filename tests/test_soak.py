@@ -9,6 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 from server_fakes import FakeAsyncEngine
+from server_harness import InlinePool
 
 from jaxpaged.config import ServerConfig
 from jaxpaged.server.app import create_app
@@ -102,7 +103,7 @@ def run_traffic(engine):
     tally = Tally()
 
     async def go():
-        app = create_app(engine, ServerConfig(api_key=soak.KEYS, served_model_name=("tiny",)))
+        app = create_app(engine, ServerConfig(api_key=soak.KEYS, served_model_name=("tiny",)), InlinePool())
         transport = httpx.ASGITransport(app)
         async with httpx.AsyncClient(transport=transport, base_url="http://localhost", timeout=20) as client:
             traffic = Traffic(client, soak.KEYS, random.Random(3), tally, vocab_size=engine.info.model_config.vocab_size)

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
+import sys
 from collections.abc import AsyncIterator, Generator, Iterator
 from typing import Any
 
@@ -15,6 +17,7 @@ from jaxpaged.engine.output import OutputProcessor
 from jaxpaged.engine.progress import make_progress
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.errors import ConfigError, EngineStopped, GenerationError
+from jaxpaged.flags import INTERRUPTED
 
 _STOP_S = 2.0
 """Seconds that the engine's thread gets to end; one that is compiling does not notice sooner, and the process need not wait for it."""
@@ -83,13 +86,25 @@ def load_model(config: EngineConfig, sampling: dict[str, Any]) -> Iterator[Local
     """
     engine = AsyncEngine(config, progress=make_progress())
     with asyncio.Runner() as runner:
-        engine.start(runner.get_loop())
         try:
+            engine.start(runner.get_loop())
             yield LocalModel(runner, engine, runner.run(engine.wait_ready()), sampling)
         except EngineStopped as error:
             raise ConfigError(str(error)) from error
+        except KeyboardInterrupt:
+            engine.stop(_STOP_S)
+            if engine.status.state not in ("stopped", "failed"):
+                _leave()
+            raise
         finally:
             engine.stop(_STOP_S)
+
+
+def _leave() -> None:
+    """Ends the process at once: the engine's thread is deep in a compilation, and an orderly exit would wait for it."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(INTERRUPTED)
 
 
 async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:

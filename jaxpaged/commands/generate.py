@@ -30,6 +30,8 @@ def run(argv: Sequence[str]) -> int:
     (config,) = read_options(args, EngineConfig)
     for note in options_without_effect(args, EngineConfig):
         say(note)
+    if not args.own_prompts and sys.stdin.isatty():
+        say("type prompts, one a line; Ctrl-D ends them")
     prompts = args.own_prompts or [line.rstrip("\n") for line in sys.stdin if line.strip()]
     if not prompts:
         raise ConfigError("no prompt: give --prompt TEXT, or one prompt a line on standard input")

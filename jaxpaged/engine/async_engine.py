@@ -3,8 +3,10 @@
 Only frozen data crosses between the threads: requests and aborts go in through one inbox, token events come out with one
 call per step into the event loop. Nothing here would change if the thread became a process.
 
-Memory of a client that never reads: its unread events wait in its stream, ``MAX_UNREAD_EVENTS`` of them at most; then its request
-is aborted and its stream ends with the GenerationError ``slow_reader``.
+Memory of a client that never reads: its unread events wait in its stream. While it blocks its reader, ``MAX_UNREAD_EVENTS`` of them may;
+when more of them wait for ``SLOW_READER_S`` seconds in which the event loop turned, its request is aborted and its stream ends with the
+GenerationError ``slow_reader``. A reader that is not blocked is never ended, however late the event loop lets it read: what waits for it
+is bounded by what its request may generate.
 """
 
 from __future__ import annotations
@@ -34,7 +36,10 @@ from jaxpaged.scheduling.request import FinishReason, Request
 logger = logging.getLogger(__name__)
 
 MAX_UNREAD_EVENTS = 4096
-"""Events a client may leave unread before its request is aborted; bounds the memory of a client that never reads."""
+"""Events that a client which blocks its reader may leave unread; bounds the memory of a client that never reads."""
+
+SLOW_READER_S = 1.0
+"""Seconds for which a blocked reader may have more events than that unread. Time in which the event loop stood still does not count."""
 
 _ABORT_S = 5.0
 """Seconds that aborted requests get to end when draining."""
@@ -87,11 +92,14 @@ class RequestStream(AsyncIterator[TokenEvent]):
     Args:
         request: Whose events.
         abort: Called once with the request's id if the stream is left before its end; must be callable from any thread.
+        is_blocked: Whether the reader waits for its client now, and so does not read.
     """
 
-    def __init__(self, request: Request, abort: Callable[[str], None]) -> None:
+    def __init__(self, request: Request, abort: Callable[[str], None], is_blocked: Callable[[], bool]) -> None:
         self.request = request
         self._abort = abort
+        self._is_blocked = is_blocked
+        self._watched = False
         self._unread: deque[TokenEvent] = deque()
         self._open_samples = request.params.num_sequences
         self._accepted = False
@@ -139,11 +147,12 @@ class RequestStream(AsyncIterator[TokenEvent]):
 
     def put(self, event: TokenEvent) -> None:
         """An event has come."""
+        if self._error is not None:
+            return
         self._open_samples -= event.finish_reason is not None
         self._unread.append(event)
-        if len(self._unread) > MAX_UNREAD_EVENTS:
-            self._abort(self.request.id)
-            self.fail(GenerationError("the client does not read; the request was ended", code="slow_reader"))
+        if len(self._unread) > MAX_UNREAD_EVENTS and not self._watched and self._is_blocked():
+            self._watch_reader()
         self._wake()
 
     def fail(self, error: JaxpagedError) -> None:
@@ -152,6 +161,25 @@ class RequestStream(AsyncIterator[TokenEvent]):
             self._unread.clear()
             self._error = error
             self._wake()
+
+    def _watch_reader(self) -> None:
+        """Looks again after a while, in which the event loop can send what its client takes."""
+        loop = asyncio.get_running_loop()
+        self._watched = True
+        loop.call_later(SLOW_READER_S, self._judge_reader, loop.time() + SLOW_READER_S)
+
+    def _judge_reader(self, due: float) -> None:
+        """Ends the request of a client that still keeps its reader from reading."""
+        self._watched = False
+        unread = len(self._unread)
+        if self.ended or unread <= MAX_UNREAD_EVENTS or not self._is_blocked():
+            return
+        if asyncio.get_running_loop().time() - due > SLOW_READER_S:  # the loop stood still, so nobody could read
+            self._watch_reader()
+            return
+        logger.warning("request %s was ended: its client reads too slowly and left %d events unread", self.request.id, unread)
+        self._abort(self.request.id)
+        self.fail(GenerationError("the client reads too slowly; the request was ended", code="slow_reader"))
 
     async def _wait(self) -> None:
         self._waiter = asyncio.get_running_loop().create_future()
@@ -206,6 +234,7 @@ class AsyncEngine:
         self._streams: weakref.WeakValueDictionary[str, RequestStream] = weakref.WeakValueDictionary()
         self._resets: dict[int, asyncio.Future[None]] = {}
         self._num_resets = 0
+        self._num_refused = 0
         self._changed: asyncio.Event | None = None
 
     # ------------------------------------------------------------------------------------------- called from the loop's thread
@@ -243,8 +272,12 @@ class AsyncEngine:
             await self._next_change()
         return self.info
 
-    def submit(self, request: Request) -> RequestStream:
+    def submit(self, request: Request, *, is_blocked: Callable[[], bool] = lambda: False) -> RequestStream:
         """Hands a request in; call from the loop's thread.
+
+        Args:
+            request: What to generate.
+            is_blocked: Whether whoever reads the stream waits for a client of its own now; see ``MAX_UNREAD_EVENTS``.
 
         Raises:
             EngineStopped: Not ready, draining, stopped or failed.
@@ -260,8 +293,10 @@ class AsyncEngine:
         if request.id in self._streams:
             raise RequestError(f"request id {request.id} is in use")
         if len(self._streams) >= info.max_num_seqs + info.max_waiting and self._num_open() >= info.max_num_seqs + info.max_waiting:
-            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=1)
-        stream = RequestStream(request, self.abort)
+            self.count_refusal()
+            retry_after_s = 1 if self._engine is None else self._engine.scheduler.retry_after_s()
+            raise QueueFull(f"{self._num_open()} requests are running or waiting; try again later", retry_after_s=retry_after_s)
+        stream = RequestStream(request, self.abort, is_blocked)
         self._streams[request.id] = stream
         self._inbox.put(_Submit(request))
         return stream
@@ -309,9 +344,14 @@ class AsyncEngine:
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout_s)
 
+    def count_refusal(self) -> None:
+        """Counts a request that was refused for want of room before the engine's thread saw it; call from the loop's thread."""
+        self._num_refused += 1
+
     def stats(self) -> EngineStats:
         """Returns a snapshot of all counters; callable from any thread."""
-        return EngineStats() if self._engine is None else self._engine.stats()
+        stats = EngineStats() if self._engine is None else self._engine.stats()
+        return dataclasses.replace(stats, refused=stats.refused + self._num_refused)
 
     def _num_open(self) -> int:
         return sum(not stream.ended for stream in list(self._streams.values()))

@@ -80,6 +80,7 @@ HISTOGRAMS: dict[str, tuple[str, tuple[float, ...]]] = {
     "iteration_tokens_total": ("Tokens computed in a step.", _STEP_TOKENS),
     "request_prompt_tokens": ("Prompt tokens of each finished sequence.", _LENGTHS),
     "request_generation_tokens": ("Generated tokens of each finished sequence.", _LENGTHS),
+    "request_max_num_generation_tokens": ("Generated tokens of the longest sequence of each finished request.", _LENGTHS),
     "request_params_n": ("Completions asked for per request.", (1, 2, 5, 10, 20)),
     "request_params_max_tokens": ("max_tokens of each request.", _LENGTHS),
 }
@@ -139,7 +140,7 @@ class EngineStats:
         compilations_after_ready: Programs compiled while serving; anything but 0 is a fault of the buckets.
         compile_s: Seconds spent on compiling, start-up included.
         recoveries: Failed steps that the engine recovered from.
-        refused: Requests refused because the queue was full.
+        refused: Requests refused for want of room: the queue was full, or too many large bodies were arriving.
         finished: Finished sequences by finish reason (``stop``, ``length``, ``abort``, ``error``).
         histograms: By name, see ``HISTOGRAMS``.
     """
@@ -172,11 +173,20 @@ class EngineStats:
 
 
 @dataclasses.dataclass
+class _Siblings:
+    """The sequences of one request: how many have not finished, and the tokens of the longest that has."""
+
+    num_open: int
+    longest: int = 0
+
+
+@dataclasses.dataclass
 class _Times:
     """Moments in the life of one sequence, in seconds of the clock."""
 
     num_prompt: int
     arrival: float
+    siblings: _Siblings
     first_step: float | None = None
     first_token: float | None = None
     last_token: float = 0.0
@@ -227,8 +237,9 @@ class Telemetry:
     def added(self, request: Request) -> None:
         """Notes a request that was taken in."""
         arrival = request.arrival_s or self._clock()
+        siblings = _Siblings(request.params.num_sequences)
         for index in range(request.params.num_sequences):
-            self._live[request.id, index] = _Times(len(request.prompt), arrival)
+            self._live[request.id, index] = _Times(len(request.prompt), arrival, siblings)
         self._observe("request_params_n", request.params.n)
         self._observe("request_params_max_tokens", request.max_tokens)
 
@@ -292,6 +303,10 @@ class Telemetry:
         self._observe("e2e_request_latency_seconds", now - times.arrival)
         self._observe("request_prompt_tokens", times.num_prompt)
         self._observe("request_generation_tokens", times.num_tokens)
+        times.siblings.num_open -= 1
+        times.siblings.longest = max(times.siblings.longest, times.num_tokens)
+        if not times.siblings.num_open:
+            self._observe("request_max_num_generation_tokens", times.siblings.longest)
         if times.first_step is not None:
             self._observe("request_inference_time_seconds", now - times.first_step)
         if times.first_token is not None:

@@ -150,6 +150,7 @@ class Scheduler:
         self._num_added = 0
         self._clock = clock
         self._finish_times: deque[float] = deque(maxlen=64)
+        self._busy_since = clock()
 
     # ------------------------------------------------------------------------------------------------------------- numbers
 
@@ -223,7 +224,9 @@ class Scheduler:
             raise ValueError(f"request {request.id}: the id is in use or the prompt is empty")
         self.check_size(request)
         if len(self.running) + len(self.waiting) >= self.max_num_seqs + self.max_waiting:
-            raise QueueFull(f"{len(self.waiting)} sequences are waiting; try again later", retry_after_s=self._retry_after_s())
+            raise QueueFull(f"{len(self.waiting)} sequences are waiting; try again later", retry_after_s=self.retry_after_s())
+        if not self.has_work:
+            self._busy_since = self._clock()
         group = self._groups[request.id] = Group(request)
         params = request.params
         if params.use_beam_search:
@@ -705,10 +708,11 @@ class Scheduler:
             del self._groups[group.request.id]
         self._finish_times.append(self._clock())
 
-    def _retry_after_s(self) -> int:
-        """Estimates when a place is free from the rate at which sequences finished of late; in [1, 60]."""
-        times = self._finish_times
-        if len(times) < 2:
-            return 1
-        seconds_each = (self._clock() - times[0]) / len(times)
-        return max(1, min(60, math.ceil(seconds_each)))
+    def retry_after_s(self) -> int:
+        """Estimates when a place is free, in [1, 60] seconds, from how often sequences finished since there was nothing to do last.
+
+        Callable from any thread.
+        """
+        since = self._busy_since
+        times = [moment for moment in tuple(self._finish_times) if moment >= since] or [since]
+        return max(1, min(60, math.ceil((self._clock() - times[0]) / len(times))))

@@ -84,6 +84,8 @@ def describe(error: BaseException, request_id: str) -> Problem:
             return Problem(503, text, "service_unavailable", headers={"retry-after": str(RETRY_AFTER_S)})
         case RequestTimedOut():
             return Problem(504, str(error), "request_timeout")
+        case GenerationError(code="slow_reader"):
+            return Problem(408, str(error), "slow_reader")
         case GenerationError(code="numerical_error"):
             return Problem(500, f"the model gave no valid number for this request (request {request_id})", "numerical_error")
         case _:

@@ -88,7 +88,7 @@ class Generation:
         try:
             async with self._call.limit(self._timeout_s):
                 for request in self._requests:
-                    streams.append(self._engine.submit(request))
+                    streams.append(self._engine.submit(request, is_blocked=writer.is_blocked))
                 for stream in streams:
                     await stream.accepted()
                 if self._asked.stream:
@@ -221,6 +221,10 @@ class _EventWriter:
     def silent_s(self) -> float:
         """Seconds since the last byte was handed over; 0 while some are on their way."""
         return 0.0 if self._busy else time.monotonic() - self._last_s
+
+    def is_blocked(self) -> bool:
+        """Whether it waits for the client to take what was sent."""
+        return self._busy
 
     async def write(self, events: bytes) -> None:
         """Sends whole events; waits while the client's buffer is full."""

@@ -42,7 +42,7 @@ _COUNTERS: tuple[tuple[str, str, str], ...] = (
     ("recompiles", "compilations_after_ready", "Programs compiled after the server was ready; anything but 0 is a fault."),
     ("compile_seconds", "compile_s", "Seconds spent on compiling, start-up included."),
     ("recoveries", "recoveries", "Failed steps that the engine recovered from."),
-    ("requests_refused", "refused", "Requests refused because the queue was full."),
+    ("requests_refused", "refused", "Requests refused with 429: the queue was full, or too many large bodies were arriving."),
 )
 """Metric name without prefix and ``_total``, attribute of EngineStats, meaning."""
 

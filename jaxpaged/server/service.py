@@ -13,7 +13,7 @@ from starlette.types import Receive, Scope, Send
 from jaxpaged.config import ServerConfig
 from jaxpaged.engine.async_engine import AsyncEngine
 from jaxpaged.engine.status import EngineInfo, EngineStatus
-from jaxpaged.errors import RequestError
+from jaxpaged.errors import QueueFull, RequestError
 from jaxpaged.scheduling.request import Request, SamplingParams
 from jaxpaged.server.answers import ClientGone, RequestTimedOut, Unavailable
 from jaxpaged.server.body import BodyBudget, read_body
@@ -107,7 +107,11 @@ class Service:
         """
         path, state, owner = scope["path"], scope["state"], _owner(scope)
         with self._bodies.account(owner) as take:
-            raw = await read_body(scope, receive, self.config.max_body_bytes, take)
+            try:
+                raw = await read_body(scope, receive, self.config.max_body_bytes, take)
+            except QueueFull:
+                self.engine.count_refusal()
+                raise
             job = Job(path=path, body=raw, request_id=state["request_id"], tenant=state.get("tenant", ""))
             if len(raw) <= SMALL_BODY_BYTES:
                 call = parse(path, raw)

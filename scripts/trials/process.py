@@ -76,8 +76,13 @@ class ServerProcess:
         return found
 
     def resident_bytes(self) -> int:
-        """Returns the memory that the process holds (Linux)."""
-        return int(Path(f"/proc/{self._process.pid}/statm").read_text().split()[1]) * resource.getpagesize()
+        """Returns the memory that the process and its workers hold (Linux)."""
+        found, pids = 0, [self._process.pid]
+        while pids:
+            folder = Path(f"/proc/{pids.pop()}")
+            found += int((folder / "statm").read_text().split()[1]) * resource.getpagesize()
+            pids += [int(pid) for children in folder.glob("task/*/children") for pid in children.read_text().split()]
+        return found
 
     def num_descriptors(self) -> int:
         """Returns how many files and sockets the process has open (Linux)."""

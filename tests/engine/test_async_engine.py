@@ -283,8 +283,12 @@ def test_refusals_come_before_the_first_event():
             assert caught.value.code == "context_length_exceeded"
             runner.gate.clear()
             streams = [engine.submit(make(f"r{i}", [1])) for i in range(SEQS + 2)]
-            with pytest.raises(QueueFull):
-                engine.submit(make("full", [1]))
+            engine._engine.scheduler.retry_after_s = lambda: 17
+            for refused in range(1, 4):
+                with pytest.raises(QueueFull) as full:
+                    engine.submit(make("full", [1]))
+                assert full.value.retry_after_s == 17
+                assert engine.stats().refused == refused
             with pytest.raises(RequestError):
                 engine.submit(make("r0", [1]))
             runner.gate.set()
@@ -312,6 +316,7 @@ def test_the_schedulers_own_refusal_reaches_the_stream():
                 await anext(second)
             for stream in first:
                 await tokens_of(stream)
+            assert engine.stats().refused == 1
 
     asyncio.run(main())
 
@@ -456,20 +461,65 @@ def test_stopping_does_not_wait_for_a_device_that_is_away(monkeypatch):
     asyncio.run(main())
 
 
-def test_a_client_that_never_reads_is_ended(monkeypatch):
+def test_a_client_that_never_reads_is_ended(monkeypatch, caplog):
     monkeypatch.setattr(module, "MAX_UNREAD_EVENTS", 50)
+    monkeypatch.setattr(module, "SLOW_READER_S", 0.05)
 
     async def main():
         async with Served(SlowRunner()) as engine:
-            slow = engine.submit(make("slow", [1], max_tokens=400))
+            slow = engine.submit(make("slow", [1], max_tokens=400), is_blocked=lambda: True)
             other = engine.submit(make("other", [1], max_tokens=80))
             task = asyncio.create_task(tokens_of(other))
             await eventually(lambda: slow.ended)
-            assert len(slow._unread) <= 51
             with pytest.raises(GenerationError) as caught:
                 await tokens_of(slow)
             assert caught.value.code == "slow_reader"
             assert len(await task) == 80
+            await eventually(lambda: engine.stats().finished == {"abort": 1, "length": 1})
+            assert len(slow._unread) == 0  # not even what came between its end and the abort
+
+    asyncio.run(main())
+    (record,) = [record for record in caplog.records if "too slowly" in record.getMessage()]
+    assert "request slow " in record.getMessage()
+
+
+@pytest.mark.parametrize("blocked", [False, True])
+def test_a_loop_that_stands_still_ends_nobody(monkeypatch, caplog, blocked):
+    """Whether or not its client was behind at that moment: as soon as the loop turns again, the reader reads."""
+    monkeypatch.setattr(module, "MAX_UNREAD_EVENTS", 20)
+    monkeypatch.setattr(module, "SLOW_READER_S", 0.05)
+
+    async def main():
+        async with Served(SlowRunner()) as engine:
+            waits = [False]
+            stream = engine.submit(make("a", [1], n=8, max_tokens=60), is_blocked=lambda: waits[0])
+            count = 0
+            async for event in stream:
+                count += len(event.token_ids)
+                if count % 100 == 0:
+                    waits[0] = blocked
+                    time.sleep(0.2)  # something else keeps the event loop
+                    await asyncio.sleep(0)  # all news of that time is delivered at once
+                    waits[0] = False
+            assert count == 8 * 60
+            assert engine.stats().finished == {"length": 8}
+
+    asyncio.run(main())
+    assert not [record for record in caplog.records if "too slowly" in record.getMessage()]
+
+
+def test_a_reader_that_catches_up_in_time_is_not_ended(monkeypatch):
+    monkeypatch.setattr(module, "MAX_UNREAD_EVENTS", 20)
+    monkeypatch.setattr(module, "SLOW_READER_S", 0.2)
+
+    async def main():
+        async with Served(SlowRunner()) as engine:
+            waits = [True]
+            request = make("a", [1], max_tokens=200)
+            stream = engine.submit(request, is_blocked=lambda: waits[0])
+            await eventually(lambda: len(stream._unread) > 40)
+            waits[0] = False
+            assert await tokens_of(stream) == expected_tokens(request)
 
     asyncio.run(main())
 

@@ -99,6 +99,9 @@ def test_one_set_of_parameters_per_prompt(small):
     assert [len(output.outputs[0].token_ids) for output in outputs] == [3, 6]
     with pytest.raises(RequestError):
         small.llm.generate(["a", "b", "c"], params, use_tqdm=False)
+    for wrong in ([{"temperature": 0.0}], [BeamSearchParams(beam_width=2, max_tokens=2)]):
+        with pytest.raises(RequestError, match="must be SamplingParams; got"):
+            small.llm.generate(["a"], wrong, use_tqdm=False)
 
 
 def test_a_stop_string_ends_the_computing_too(small):
@@ -121,6 +124,9 @@ def test_chat(small):
     (output,) = small.llm.chat(messages, GREEDY, use_tqdm=False)
     assert output.prompt.endswith("assistant\n") and "hello" in output.prompt
     assert len(small.llm.chat([messages, messages], GREEDY, use_tqdm=False)) == 2
+    text = small.llm.get_tokenizer().apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+    assert text == output.prompt
+    assert text_of(small.llm.generate(text, GREEDY, use_tqdm=False)) == text_of([output])
     (unbounded,) = small.llm.chat(messages, SamplingParams(temperature=0.0, max_tokens=None, ignore_eos=True), use_tqdm=False)
     assert len(unbounded.outputs[0].token_ids) == small.info.max_model_len - len(unbounded.prompt_token_ids)
     with pytest.raises(RequestError):

@@ -159,6 +159,26 @@ def test_a_full_queue_refuses_and_estimates_when_to_come_back():
     world.drain()
 
 
+def test_hours_of_idleness_do_not_make_a_place_free_later():
+    now = [0.0]
+    scheduler = make_scheduler(max_num_seqs=2, max_waiting=1, clock=lambda: now[0])
+    world = World(scheduler, depth=0)
+    for name in "ab":
+        world.add(make_request(name, 3, 1))
+        world.drain()
+        now[0] += 3600
+    for name in "cde":
+        world.add(make_request(name, 3, 9))
+    assert scheduler.retry_after_s() == 1
+    now[0] += 7
+    assert scheduler.retry_after_s() == 7  # nobody has finished so far
+    scheduler.abort("d")
+    now[0] += 2
+    assert scheduler.retry_after_s() == 2
+    now[0] += 3600
+    assert scheduler.retry_after_s() == 60
+
+
 def test_a_caller_with_a_bug_is_told():
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 3, 3))

@@ -1,5 +1,6 @@
 """Golden bodies and event streams: what a client reads, to the letter."""
 
+import asyncio
 import dataclasses
 import json
 
@@ -10,6 +11,7 @@ from server_harness import GOOD, events_of
 from jaxpaged.config import TINY_MODEL, ServerConfig
 from jaxpaged.engine.output import TokenText
 from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.server.generate import _EventWriter
 from jaxpaged.server.render import Choice, Label, Renderer, Usage
 
 CHAT = {"model": "echo", "messages": [{"role": "user", "content": "hi"}]}
@@ -698,3 +700,41 @@ def test_a_tokenizer_that_panics_is_an_error_of_one_request(with_tokenizer):
         ):
             client.refused(client.post(path, body), 400, code="tokenizer_failed")
     client.works()
+
+
+def test_a_slow_reader_has_an_error_of_its_own(client):
+    client.engine.fail_at = (1, "slow_reader")
+    answer = client.post("/v1/completions", {"model": "echo", "prompt": "abc", "max_tokens": 3, "stream": True})
+    assert answer.status_code == 200
+    *_, last = answer.text.strip().split("\n\n")
+    error = json.loads(last.removeprefix("data: "))["error"]
+    assert (error["code"], error["type"]) == ("slow_reader", "timeout_error")
+
+
+def test_a_writer_is_blocked_while_its_client_takes_nothing():
+    async def main():
+        gate, sent = asyncio.Event(), []
+
+        async def send(message):
+            await gate.wait()
+            sent.append(message["type"])
+
+        writer = _EventWriter(send, [])
+        assert not writer.is_blocked()
+        writing = asyncio.create_task(writer.write(b"data: 1\n\n"))
+        await asyncio.sleep(0)
+        assert writer.is_blocked() and writer.silent_s == 0.0
+        gate.set()
+        await writing
+        assert not writer.is_blocked() and sent == ["http.response.start", "http.response.body"]
+
+    asyncio.run(main())
+
+
+def test_a_stream_tells_the_engine_when_its_client_takes_nothing(client):
+    """Or a client that never reads would be kept; a whole answer is never blocked."""
+    asked, submit = [], client.engine.submit
+    client.engine.submit = lambda request, *, is_blocked: (asked.append(is_blocked), submit(request))[1]
+    for stream in (True, False):
+        assert client.post("/v1/completions", {"model": "echo", "prompt": "a", "max_tokens": 1, "stream": stream}).status_code == 200
+    assert [is_blocked.__func__ for is_blocked in asked] == [_EventWriter.is_blocked] * 2

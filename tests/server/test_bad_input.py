@@ -376,6 +376,19 @@ def test_no_room_is_429_before_the_first_byte(make_client):
     client.works()
 
 
+def test_every_refusal_for_want_of_room_is_counted(make_client):
+    client = make_client()
+    client.engine.max_calls = 0
+    for _ in range(3):
+        client.refused(client.post("/v1/completions", TEXT), 429, code="queue_full")
+    client.engine.max_calls = 1
+    client.service._bodies._max_bytes = 0
+    large = TEXT | {"prompt": "x" * 200_000}
+    for path in ("/v1/completions", "/tokenize"):
+        client.refused(client.post(path, large), 429, code="queue_full")
+    assert 'jaxpaged:requests_refused_total{engine="0",model_name="echo"} 5.0' in client.request("GET", "/metrics").text
+
+
 def test_a_refusal_that_comes_late_is_429_all_the_same(make_client):
     client = make_client()
     client.engine.refuse_late = True

@@ -6,7 +6,9 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from jaxpaged.config import ServerConfig
-from jaxpaged.engine.telemetry import EngineStats
+from jaxpaged.engine.telemetry import EngineStats, Telemetry
+from jaxpaged.scheduling.plan import TokenEvent
+from jaxpaged.scheduling.request import FinishReason, Request, SamplingParams
 from jaxpaged.server.metrics import EngineCollector
 
 
@@ -28,6 +30,27 @@ def test_the_pools_bytes_and_dtype_are_shown():
     assert found["jaxpaged:kv_cache_bytes"].value == 12345
     labels = found["jaxpaged:cache_config_info"].labels
     assert (labels["block_size"], labels["num_gpu_blocks"], labels["cache_dtype"]) == ("64", "9", "int8")
+
+
+def test_the_longest_sequence_of_each_request_is_observed_once_when_the_last_has_ended():
+    telemetry = Telemetry(16, lambda: 1.0)
+    lengths = {"one": (7,), "three": (4, 9, 2), "none": (0, 0)}
+
+    def observed():
+        return (snapshot := telemetry.histograms()["request_max_num_generation_tokens"]).total, sum(snapshot.counts)
+
+    for name, tokens in lengths.items():
+        params = SamplingParams(n=len(tokens), max_tokens=9)
+        telemetry.added(Request(id=name, prompt=(1, 2), params=params))
+    for name, tokens in lengths.items():
+        for index, count in enumerate(tokens):
+            before = observed()
+            telemetry.sent([TokenEvent(name, index, (5,))] * count)
+            assert observed() == before
+            telemetry.sent([TokenEvent(name, index, finish_reason=FinishReason.LENGTH)])
+    assert observed() == (7 + 9 + 0, 3)
+    assert telemetry.histograms()["request_generation_tokens"].total == 7 + 4 + 9 + 2
+    assert telemetry.num_live == 0
 
 
 ACCEPT = {

@@ -156,9 +156,9 @@ def test_the_client_waits_and_retries_when_there_is_no_room(make_server):
     engine = FakeAsyncEngine(max_calls=0)
     original = engine.submit
 
-    def submit(request):
+    def submit(request, **options):
         try:
-            return original(request)
+            return original(request, **options)
         except Exception as error:
             error.retry_after_s = 1
             raise
