@@ -394,8 +394,6 @@ class LLM:
                 while to_come or self._engine.has_work:
                     while to_come and self._engine.scheduler.num_waiting == 0:
                         self._engine.add(to_come.popleft().request)
-                    if wait_s := self._engine.wait_s:
-                        time.sleep(wait_s)
                     for event in self._engine.step():
                         job = by_id[event.request_id]
                         was_finished = job.finished

@@ -157,7 +157,7 @@ class FakeRunner:
         self.fails = fails
         self.invalid = invalid
 
-    def reset(self, token_bucket: int | None = None) -> None:
+    def reset(self) -> None:
         """Makes a new pool after a failed step."""
         for page in self.cells:
             page[:] = [POISON] * self.page_size

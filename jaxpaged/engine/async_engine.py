@@ -437,7 +437,7 @@ class AsyncEngine:
         while not self._stopping.is_set():
             if engine.has_work:
                 news = self._take_in(engine, timeout_s=engine.wait_s)
-                events = (*news.events, *engine.step())
+                events = news.events if engine.wait_s else (*news.events, *engine.step())
                 checked = False
             else:
                 news = self._take_in(engine, timeout_s=None if checked else _IDLE_CHECK_S)

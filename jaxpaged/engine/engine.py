@@ -44,7 +44,7 @@ class StepRunner(Protocol):
         """Starts a step."""
         ...
 
-    def reset(self, token_bucket: int | None = None) -> None:
+    def reset(self) -> None:
         """Makes the runner fit to start again, and proves that the device computes; see ``recovery.Resettable``."""
         ...
 
@@ -66,6 +66,7 @@ class Engine:
         runner: Computes.
         async_depth: Steps dispatched before the tokens of the first are read: 1 keeps the device busy, 0 gives the same tokens.
         clock: Monotonic seconds.
+        sleep: Waits for so many seconds; see ``wait_s``.
 
     Attributes:
         failed: Why the engine gave up; None while it works.
@@ -73,7 +74,13 @@ class Engine:
     """
 
     def __init__(
-        self, scheduler: Scheduler, runner: StepRunner, *, async_depth: int = 1, clock: Callable[[], float] = time.monotonic
+        self,
+        scheduler: Scheduler,
+        runner: StepRunner,
+        *,
+        async_depth: int = 1,
+        clock: Callable[[], float] = time.monotonic,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.scheduler = scheduler
         self.runner = runner
@@ -82,6 +89,7 @@ class Engine:
         self.telemetry = Telemetry(scheduler.page_size, clock)
         self.progress_at = clock()
         self._clock = clock
+        self._sleep = sleep
         self._in_flight: deque[_Flight] = deque()
         self._recovery = Recovery(runner, clock)
         self._num_unplanned = 0
@@ -98,7 +106,10 @@ class Engine:
 
     @property
     def wait_s(self) -> float:
-        """Seconds until ``step`` can do anything: the pause between two resets of a device that does not come back; else 0."""
+        """Seconds until ``step`` can do anything: the pause between two resets of a device that does not come back; else 0.
+
+        A caller with something else to do does that; ``step`` waits for what is left.
+        """
         return self._recovery.wait_s
 
     def add(self, request: Request) -> None:
@@ -142,8 +153,11 @@ class Engine:
         """
         if self.failed is not None:
             raise EngineStopped(self.failed)
-        if self.recovering and not self._revive():
-            return []
+        if self.recovering:
+            if wait_s := self.wait_s:
+                self._sleep(wait_s)
+            if not self._revive():
+                return []
         try:
             plan = self.scheduler.schedule()
         except Exception as error:  # a bug of ours, in the middle of the books; no token is lost if they start anew
@@ -168,7 +182,7 @@ class Engine:
             events += self.scheduler.abort(request_id)
         events = self._send(events)
         if self.failed is None:
-            self._recovery.begin(None)
+            self._recovery.begin()
             self._revive()
         return events
 
@@ -252,7 +266,7 @@ class Engine:
         logger.error("step %d failed (%s: %s); recomputing what ran", step, type(error).__name__, one_line(error))
         self.telemetry.recoveries += 1
         self._in_flight.clear()
-        self._recovery.begin(None if plan is None else plan.token_bucket)
+        self._recovery.begin()
         self._num_unplanned += plan is None
         if self._num_unplanned > MAX_UNPLANNED:
             self._give_up(f"{self._num_unplanned} steps in a row could not be planned: {type(error).__name__}: {one_line(error)}")
@@ -261,7 +275,7 @@ class Engine:
         return events
 
     def _revive(self) -> bool:
-        """Tries to bring the device back, if it is time to; returns whether it is back."""
+        """Tries to bring the device back; returns whether it is back."""
         try:
             is_back = self._recovery.attempt()
         except EngineStopped as error:

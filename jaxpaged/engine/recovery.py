@@ -1,6 +1,6 @@
 """Bringing a device back after a failed step, and knowing when it is back.
 
-The runner's reset makes a new pool and runs a step of padding, through the program that failed. If that step comes back, the device
+The runner's reset makes a new pool and runs a step of padding through the program that failed. If that step comes back, the device
 computes: whatever failed was the fault of a moment or of a request, and which request is for ``scheduling.faults`` to find. If it does not,
 the device fails for everybody; the reset is tried again after a pause, and after ``RESET_PAUSES_S`` the engine gives up. So neither a
 request that breaks steps, however often it comes, nor a client that leaves in the middle of it ends the engine, and no client is needed to
@@ -24,11 +24,8 @@ RESET_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0)
 class Resettable(Protocol):
     """What recovering needs of a runner."""
 
-    def reset(self, token_bucket: int | None = None) -> None:
+    def reset(self) -> None:
         """Makes the runner fit to start again from an empty pool, and runs a step of padding to see that the device computes.
-
-        Args:
-            token_bucket: Size of the step; default: the smallest.
 
         Raises:
             Exception: It does not.
@@ -51,38 +48,28 @@ class Recovery:
         self.pending = False
         self._runner = runner
         self._clock = clock
-        self._token_bucket: int | None = None
         self._num_failed = 0
         self._next_at = 0.0
 
     @property
     def wait_s(self) -> float:
-        """Seconds until ``attempt`` has something to do; 0 if it has now, or never."""
+        """Seconds until the next ``attempt`` is due; 0 if it is now, or none is."""
         return max(0.0, self._next_at - self._clock()) if self.pending else 0.0
 
-    def begin(self, token_bucket: int | None) -> None:
-        """Something failed; the first reset is due at once.
-
-        Args:
-            token_bucket: Size of the step that failed; None if it was none.
-        """
+    def begin(self) -> None:
+        """Something failed; the first reset is due at once."""
         self.pending = True
-        self._token_bucket = token_bucket
         self._num_failed = 0
         self._next_at = self._clock()
 
     def attempt(self) -> bool:
-        """Resets the device if it is time to; returns whether nothing is pending any more.
+        """Resets the device; returns whether nothing is pending any more.
 
         Raises:
             EngineStopped: The last reset failed too.
         """
-        if not self.pending:
-            return True
-        if self.wait_s > 0.0:
-            return False
         try:
-            self._runner.reset(self._token_bucket)
+            self._runner.reset()
         except Exception as error:
             self._num_failed += 1
             text = one_line(error)

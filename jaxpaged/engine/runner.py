@@ -13,6 +13,7 @@ import logging
 import os
 import time
 import weakref
+from collections import deque
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -179,6 +180,7 @@ class Runner:
         self._slot_writer: Any = None
         self._ready = False
         self._dispatching: tuple[int, int] | None = None
+        self._unread: deque[int] = deque()  # token buckets of the steps that were dispatched and not read
         self._warming = False
         self._pool: PagePool | None = None
         self._sampling: SamplingState | None = None
@@ -201,6 +203,7 @@ class Runner:
             Exception: Whatever XLA raises; the pool may be gone then, ``reset`` before the next dispatch.
         """
         self._dispatching = (plan.token_bucket, plan.slot_bucket)
+        self._unread.append(plan.token_bucket)
         started = time.monotonic()
         try:
             inputs = self._batch.build(plan)
@@ -219,13 +222,11 @@ class Runner:
                 array.copy_to_host_async()
         return InFlight(plan, output, inputs, self._on_read, started)
 
-    def reset(self, token_bucket: int | None = None) -> None:
+    def reset(self) -> None:
         """Makes an empty pool and sampling state after a failed step, and runs one step of padding to see that the device works.
 
-        Pages that were on their way to the host are lost, and their places hold anything.
-
-        Args:
-            token_bucket: Size of that step, so that the very program that failed can be tried; default: the smallest.
+        That step is the largest one that was dispatched and not read, so that a program which fails does so again. Pages that were on
+        their way to the host are lost, and their places hold anything.
 
         Raises:
             Exception: It does not.
@@ -233,7 +234,8 @@ class Runner:
         self._pool = self._sampling = None
         self._host.forget()
         self._make_state()
-        self._run(self._padding(token_bucket or self.token_buckets[0])).tokens.block_until_ready()
+        self._run(self._padding(max(self._unread, default=self.token_buckets[0]))).tokens.block_until_ready()
+        self._unread.clear()
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
         """Compiles every program, runs each once on padding, and counts compilations from then on.
@@ -330,6 +332,8 @@ class Runner:
     def _on_read(self, plan: StepPlan, dispatched_at: float) -> None:
         """Times steps that compute much: what a token costs there is what it costs to compute a preempted sequence again."""
         now = time.monotonic()
+        if self._unread:
+            self._unread.popleft()
         if not plan.transfers and 2 * plan.num_tokens >= self.token_buckets[-1] and plan.num_tokens > plan.num_decode:
             self.preemption.computed(plan.num_tokens, now - max(dispatched_at, self._read_at))
         self._read_at = now

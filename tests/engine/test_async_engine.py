@@ -390,7 +390,7 @@ def test_failed_steps_show_as_recovering_and_streams_go_on():
         runner.fails = lambda plan: plan.step in (5, 8)
         async with Served(runner) as engine:
             reset = runner.reset
-            runner.reset = lambda token_bucket: (states.append(engine.status.state), reset())
+            runner.reset = lambda: (states.append(engine.status.state), reset())
             request = make("a", [1, 2, 3], max_tokens=30)
             assert await tokens_of(engine.submit(request)) == expected_tokens(request)
             assert states == ["recovering", "recovering"]
@@ -405,7 +405,7 @@ def broken_runner(*, resets):
     runner.fails = lambda plan: plan.step == 5
     left, reset = [resets], runner.reset
 
-    def failing(token_bucket):
+    def failing():
         left[0] -= 1
         if left[0] >= 0:
             raise DeviceFault("gone")

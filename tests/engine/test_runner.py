@@ -177,11 +177,21 @@ def decode(runner, request, pages, *, after, **more):
 
 def test_a_reset_runs_the_program_that_failed_on_padding(small, monkeypatch):
     runner, tried = small.runner, []
+    runner.reset()
     run = runner._run
     monkeypatch.setattr(runner, "_run", lambda inputs: (tried.append((inputs.num_tokens, int(inputs.flags.sum()))), run(inputs))[1])
-    for bucket in (*BUCKETS, None):
-        runner.reset(bucket)
-    assert tried == [*((bucket, 0) for bucket in BUCKETS), (BUCKETS[0], 0)]
+    runner.reset()
+    assert tried == [(BUCKETS[0], 0)]
+    for bucket, others in ((BUCKETS[2], BUCKETS[1]), (BUCKETS[1], BUCKETS[0])):
+        sequence = Sequence(Group(make("a", range(3, 3 + bucket))), slot=0, page_ids=[4, 5])
+        plans = [StepPlan(1, (Work(sequence, 0, count, False, True, 0),), count, count, min(count, 4)) for count in (bucket, others)]
+        runner.dispatch(plans[1]).read()
+        for plan in plans:
+            runner.dispatch(plan)
+        runner.reset()
+        assert tried[-1] == (bucket, 0)
+    runner.reset()
+    assert tried[-1] == (BUCKETS[0], 0)
 
 
 def test_pages_that_moved_to_the_host_and_back_or_were_copied_hold_the_same(small):

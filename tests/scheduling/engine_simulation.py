@@ -10,7 +10,7 @@ requests. Beyond what ``World`` verifies, it verifies after each call
   makes it, whatever it breaks and whenever its client leaves;
 * **blame**: a request that breaks ``MAX_FAULTS`` steps alone, without a token between, is ended, though samples of it left in the meantime;
   nobody is ended that was in fewer failures than that; and where only requests break steps, nobody else is ended;
-* **patience**: no reset comes before its pause is over, and each tries the program that failed;
+* **patience**: no reset comes before its pause is over;
 * **books**: failures and ends are counted as they happened, and nothing is kept for those that are gone.
 
 To run more than the test does::
@@ -81,7 +81,6 @@ class Faulty(FakeRunner):
         self.failed_resets = 0
         self.not_before = 0.0
         self.lost = False
-        self.failed_bucket: int | None = None
         self.wild: set[tuple[str, int]] = set()
         self.on_dispatch: Callable[[StepPlan], None] = lambda plan: None
         self.on_read: Callable[[StepPlan], None] = lambda plan: None
@@ -124,10 +123,9 @@ class Faulty(FakeRunner):
         """Whether the id sampled there is none that the vocabulary has."""
         return (sequence.request.id, num_output) in self.wild
 
-    def failed(self, plan: StepPlan | None) -> None:
+    def failed(self) -> None:
         """The engine was told of a failure."""
         self.proven = False
-        self.failed_bucket = plan.token_bucket if plan else None
         self.failed_resets = 0
         self.not_before = self._clock()
         if not self._resets_to_fail and self._rng.random() < self._rates.away:
@@ -135,15 +133,14 @@ class Faulty(FakeRunner):
 
     def restarted(self) -> None:
         """The engine was told to start anew, so that the pause is over."""
-        self.failed(None)
+        self.failed()
         self._resets_to_fail = min(self._resets_to_fail, len(RESET_PAUSES_S))
 
-    def reset(self, token_bucket: int | None = None) -> None:
+    def reset(self) -> None:
         """Makes a new pool and proves itself, or stays away."""
         try:
             require(not self.proven, "a device was reset that had not failed")
             require(self._clock() >= self.not_before, "a reset came before its pause was over")
-            require(token_bucket == self.failed_bucket, "a reset tried another program than the one that failed")
         except Violation as violation:
             self.violation = self.violation or violation
         if self._resets_to_fail:
@@ -195,7 +192,7 @@ class EngineWorld(World):
         )
         self.device.on_dispatch = self._verify_writes
         self.device.on_read = self._on_read
-        self.engine = self.target = make(scheduler, self.device, async_depth=depth, clock=lambda: self.now)
+        self.engine = self.target = make(scheduler, self.device, async_depth=depth, clock=lambda: self.now, sleep=self._sleep)
         self.rng = rng
         self.num_unplanned = 0
         self.num_all_unplanned = 0
@@ -222,8 +219,12 @@ class EngineWorld(World):
 
     def step(self) -> None:
         """One turn of the engine's loop, perhaps before its time."""
-        self.now += self.engine.wait_s * self.rng.choice((0.5, 1.0, 1.0, 1.5))
+        self.now += self.engine.wait_s * self.rng.choice((0.0, 0.5, 1.0, 1.5))
         self.call(self.engine.step)
+
+    def _sleep(self, seconds: float) -> None:
+        require(seconds > 0.0, "the engine sleeps for nothing")
+        self.now += seconds
 
     def call(self, function: Callable[[], list[TokenEvent]]) -> None:
         """Calls the engine and verifies everything.
@@ -341,7 +342,7 @@ class EngineWorld(World):
         scheduler = self.scheduler
         self.num_faults += 1
         self.num_failures += 1
-        self.device.failed(plan)
+        self.device.failed()
         if plan is None:
             planned = scheduler.running or (scheduler.waiting[0].group.sequences if scheduler.waiting else [])
             sequences = [*planned, *(work.sequence for each in scheduler.in_flight for work in each.work)]

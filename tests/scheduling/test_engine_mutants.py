@@ -196,8 +196,9 @@ class NoPause(Recovery):
     """A reset that fails is repeated at once."""
 
     def attempt(self) -> bool:
+        done = super().attempt()
         self._next_at = self._clock()
-        return super().attempt()
+        return done
 
 
 class SamePauseForEver(Recovery):
@@ -211,16 +212,9 @@ class SamePauseForEver(Recovery):
 class GivesUpTooEarly(Recovery):
     """The last pause is not waited for."""
 
-    def begin(self, token_bucket: int | None) -> None:
-        super().begin(token_bucket)
+    def begin(self) -> None:
+        super().begin()
         self._num_failed = 1
-
-
-class AnyProgramWillDo(Recovery):
-    """The reset tries the smallest program, whichever failed."""
-
-    def begin(self, token_bucket: int | None) -> None:
-        super().begin(None)
 
 
 class ProofIsNotAwaited(Recovery):
@@ -291,7 +285,7 @@ class RestartForgetsNobody(Engine):
     def reset(self) -> list[TokenEvent]:
         self._in_flight.clear()
         self.scheduler.start_over()
-        self._recovery.begin(None)
+        self._recovery.begin()
         self._revive()
         return []
 
@@ -300,7 +294,7 @@ class RestartKeepsThePool(Engine):
     """After an interrupt the device is not reset."""
 
     def reset(self) -> list[TokenEvent]:
-        begin, self._recovery.begin = self._recovery.begin, lambda token_bucket: None
+        begin, self._recovery.begin = self._recovery.begin, lambda: None
         events = super().reset()
         self._recovery.begin = begin
         return events
@@ -328,7 +322,6 @@ MUTANTS: dict[type, dict[str, object]] = {
     NoPause: AWAY,
     SamePauseForEver: AWAY,
     GivesUpTooEarly: AWAY,
-    AnyProgramWillDo: {},
     ProofIsNotAwaited: AWAY,
     FlightsKept: {},
     FailedDispatchForgotten: {},
