@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 from jaxpaged.config import EngineConfig, make_config
 from jaxpaged.engine.admission import check_params, make_params, make_request
-from jaxpaged.engine.output import Delta, OutputProcessor, TokenText
+from jaxpaged.engine.output import Delta, OutputProcessor, TokenText, describe_token
 from jaxpaged.engine.progress import Progress, make_progress
 from jaxpaged.engine.startup import load_engine
 from jaxpaged.engine.status import EngineInfo
@@ -421,6 +421,7 @@ class _Job:
     def __init__(self, request: Request, text: str | None, tokenizer: Tokenizer) -> None:
         self.request = request
         self.processor = OutputProcessor(request, tokenizer)
+        self._tokenizer = tokenizer
         self._text = text
         self._completions = [CompletionOutput(index) for index in range(request.params.n)]
         self._texts: list[list[str]] = [[] for _ in self._completions]
@@ -445,7 +446,7 @@ class _Job:
         if delta.cumulative_logprob is not None:
             completion.cumulative_logprob = delta.cumulative_logprob
         if delta.index == 0:
-            self._prompt_logprobs += [_by_id(entry) for entry in delta.prompt_logprobs]
+            self._prompt_logprobs += [_by_id(describe_token(entry, self._tokenizer)) for entry in delta.prompt_logprobs]
         if delta.token_ids and self._metrics.first_token_time is None:
             self._metrics.first_token_time = time.monotonic()
         if delta.finish_reason is not None:

@@ -78,7 +78,8 @@ class Delta:
         text: New text; may be empty while a stop string or half a character is held back.
         token_ids: New tokens.
         logprobs: One per new token where the request asked for them; else empty.
-        prompt_logprobs: Of the prompt's tokens from the second on, as they become known.
+        prompt_logprobs: Of the prompt's tokens from the second on, as they become known; there may be very many, so who shows them calls
+            ``describe_token``.
         finish_reason: ``stop``, ``length``, ``abort`` or ``error``; the delta that carries it is the sample's last.
         stop_reason: The stop string or stop token id of the request's own that ended it.
         error, error_code: Set when ``finish_reason`` is ``error``.
@@ -90,7 +91,7 @@ class Delta:
     text: str = ""
     token_ids: tuple[int, ...] = ()
     logprobs: tuple[TokenText, ...] = ()
-    prompt_logprobs: tuple[TokenText, ...] = ()
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     error: str | None = None
@@ -158,8 +159,10 @@ class OutputProcessor:
             index=event.index,
             text=text,
             token_ids=event.token_ids[:taken],
-            logprobs=tuple(self._token_text(*pair) for pair in zip(event.logprobs[:taken], offsets, strict=False)),
-            prompt_logprobs=tuple(self._token_text(entry) for entry in event.prompt_logprobs),
+            logprobs=tuple(
+                describe_token(entry, self._tokenizer, offset) for entry, offset in zip(event.logprobs[:taken], offsets, strict=False)
+            ),
+            prompt_logprobs=event.prompt_logprobs,
             finish_reason=reason,
             stop_reason=stop_reason,
             error=event.error if stop is None else None,
@@ -201,14 +204,16 @@ class OutputProcessor:
             cumulative_logprob=sum(entry.logprob for entry in logprobs),
         )
 
-    def _token_text(self, entry: TokenLogprobs, offset: int = 0) -> TokenText:
-        top = tuple(self._one(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1))
-        return self._one(entry.token_id, entry.logprob, entry.rank, top, offset)
 
-    def _one(self, token_id: int, logprob: float, rank: int, top: tuple[TokenText, ...] = (), offset: int = 0) -> TokenText:
+def describe_token(entry: TokenLogprobs, tokenizer: Tokenizer, offset: int = 0) -> TokenText:
+    """Returns a token and the most likely ones at its position with their text, as clients see them."""
+
+    def one(token_id: int, logprob: float, rank: int, top: tuple[TokenText, ...] = (), offset: int = 0) -> TokenText:
         finite = max(logprob, LEAST_LOGPROB) if logprob == logprob else LEAST_LOGPROB
-        text, spelled = self._tokenizer.token_text(token_id), self._tokenizer.token_bytes(token_id)
-        return TokenText(token_id, text, spelled, finite, rank, top, offset)
+        return TokenText(token_id, tokenizer.token_text(token_id), tokenizer.token_bytes(token_id), finite, rank, top, offset)
+
+    top = tuple(one(token_id, logprob, rank) for rank, (token_id, logprob) in enumerate(entry.top, start=1))
+    return one(entry.token_id, entry.logprob, entry.rank, top, offset)
 
 
 def _without_output(event: TokenEvent) -> TokenEvent:

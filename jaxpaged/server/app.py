@@ -23,7 +23,6 @@ from jaxpaged.server.keys import Keys, read_keys
 from jaxpaged.server.metrics import Metrics
 from jaxpaged.server.missing_routes import explain_missing
 from jaxpaged.server.openapi import describe_api
-from jaxpaged.server.protocol import shown_names
 from jaxpaged.server.service import Service, explain
 from jaxpaged.server.text_pool import TextPool
 from jaxpaged.version import installed_version
@@ -157,8 +156,7 @@ class Routes:
     async def answer(self, request: Request) -> Response:
         """Turns text into ids, or ids into text."""
         prepared = await self._service.answer(request.scope, request.receive)
-        ignored = prepared.call.ignored
-        headers = {"x-jaxpaged-ignored-fields": shown_names(ignored)} if ignored else {}
+        headers = {"x-jaxpaged-ignored-fields": prepared.ignored} if prepared.ignored else {}
         return Response(prepared.body, headers=headers, media_type="application/json")
 
     async def reset_prefix_cache(self, request: Request) -> Response:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import time
-from collections.abc import AsyncGenerator, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 
 from starlette.types import Receive, Scope, Send
 
@@ -30,6 +31,15 @@ logger = logging.getLogger(__name__)
 
 PING_S = 15.0
 """Seconds without a byte after which a stream gets a comment line, so that proxies keep it open."""
+
+EVENTS_AT_ONCE = 64
+"""Events of a call that are handled before the event loop turns again."""
+
+RENDERED_AT_ONCE = 4096
+"""Token ids and log-probabilities that are rendered in the event loop; what has more of them is rendered in a thread."""
+
+SENT_AT_ONCE = 2**20
+"""Bytes of a whole answer that are handed to the connection before it says that it takes more."""
 
 _STREAM_HEADERS = [
     (b"content-type", b"text/event-stream; charset=utf-8"),
@@ -135,7 +145,8 @@ class Generation:
             async for choice, delta in deltas:
                 choice.add(delta)
         self._share_prompt_logprobs()
-        return self._renderer.answer(self._choices, self._usage())
+        amount = sum(_amount(choice) for choice in self._choices)
+        return await _aside(amount, functools.partial(self._renderer.answer, self._choices, self._usage()))
 
     async def _send_stream(self, streams: Sequence[RequestStream], writer: _EventWriter) -> None:
         renderer, usage = self._renderer, None
@@ -150,7 +161,7 @@ class Generation:
                 if not choice.started:
                     choice.started = True
                     self._share_prompt_logprobs()
-                    events = renderer.first(choice, usage)
+                    events = await _aside(_amount(choice), functools.partial(renderer.first, choice, usage))
                 events += renderer.next(choice, delta, usage)
                 if events:
                     await writer.write(events)
@@ -165,7 +176,11 @@ class Generation:
         """
         n = len(self._choices) // len(streams)
         async with contextlib.aclosing(_merge(streams)) as events:
+            num_events = 0
             async for i, event in events:
+                num_events += 1
+                if num_events % EVENTS_AT_ONCE == 0:  # events that wait are read without a pause
+                    await asyncio.sleep(0)
                 output, request = self._outputs[i], self._requests[i]
                 delta = output.process(event)
                 if delta is None:
@@ -178,7 +193,7 @@ class Generation:
                     if shown.finish_reason == "abort":
                         raise Unavailable("the engine ended this request")
                     yield self._choices[i * n + shown.index], shown
-                if all(output.finished for output in self._outputs):
+                if delta.finish_reason is not None and all(output.finished for output in self._outputs):
                     return
 
     def _share_prompt_logprobs(self) -> None:
@@ -241,10 +256,24 @@ class _EventWriter:
         await self._send({"type": "http.response.body", "body": b"", "more_body": False})
 
 
+def _amount(choice: Choice) -> int:
+    """Returns about how many values the rendering of a choice touches."""
+    prompt = sum(1 + len(entry.top) for entry in choice.prompt_logprobs)
+    return prompt + len(choice.prompt_token_ids) + len(choice.token_ids) + sum(1 + len(token.top) for token in choice.logprobs)
+
+
+async def _aside(amount: int, render: Callable[[], bytes]) -> bytes:
+    """Renders in a thread if there is much to render, and else at once, which is faster."""
+    return render() if amount <= RENDERED_AT_ONCE else await asyncio.to_thread(render)
+
+
 async def _send_whole(send: Send, body: bytes, headers: Sequence[tuple[bytes, bytes]]) -> None:
     head = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode()), *headers]
     await send({"type": "http.response.start", "status": 200, "headers": head})
-    await send({"type": "http.response.body", "body": body, "more_body": False})
+    for start in range(0, len(body) - SENT_AT_ONCE, SENT_AT_ONCE):
+        await send({"type": "http.response.body", "body": body[start : start + SENT_AT_ONCE], "more_body": True})
+    rest = (len(body) - 1) // SENT_AT_ONCE * SENT_AT_ONCE
+    await send({"type": "http.response.body", "body": body[rest:], "more_body": False})
 
 
 async def _merge(streams: Sequence[RequestStream]) -> AsyncGenerator[tuple[int, TokenEvent], None]:

@@ -28,6 +28,7 @@ from jaxpaged.server.protocol import (
     parse_completion,
     parse_detokenize,
     parse_tokenize,
+    shown_names,
 )
 
 DEFAULT_COMPLETION_TOKENS = 16
@@ -38,6 +39,9 @@ MAX_MASK_IDS = 2**20
 
 MAX_PROMPT_LOGPROBS = 2**20
 """Most log-probabilities of prompt tokens in one answer: choices times prompt tokens times candidates. One entry takes about 80 bytes."""
+
+QUICK_PROMPTS = 64
+"""Most prompts of a call that is prepared at once."""
 
 Call = GenerationCall | TokenizeCall | DetokenizeCall
 
@@ -92,11 +96,13 @@ class PreparedGeneration:
         call: What the answer needs to know of it; its messages, prompts and sampling fields are left out.
         params: Of all its requests.
         prompts: At least one.
+        ignored: Names of what had no effect, for a header; empty if all had.
     """
 
     call: GenerationCall
     params: SamplingParams
     prompts: tuple[PreparedPrompt, ...]
+    ignored: str
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -104,12 +110,14 @@ class PreparedAnswer:
     """The whole answer to a call that needs no engine.
 
     Attributes:
-        call: The same without its prompt, messages or tokens.
+        call: What the answer needs to know of it; its prompt, messages and tokens are left out.
         body: JSON.
+        ignored: Names of what had no effect, for a header; empty if all had.
     """
 
     call: TokenizeCall | DetokenizeCall
     body: bytes
+    ignored: str
 
 
 Prepared = PreparedGeneration | PreparedAnswer
@@ -138,18 +146,18 @@ def prepare(job: Job, info: EngineInfo) -> Prepared:
             except RequestError as error:
                 raise call.in_the_clients_words(error) from error
         case TokenizeCall():
-            left_out: dict[str, Any] = {"prompt": None, "messages": None, "tools": None, "chat_template_kwargs": {}}
-            asked = dataclasses.replace(call, ignored=_ignored(call, info), **left_out)
-            return PreparedAnswer(call=asked, body=_tokenize(call, info))
+            asked = dataclasses.replace(call, prompt=None, messages=None, tools=None, chat_template_kwargs={}, ignored=())
+            return PreparedAnswer(call=asked, body=_tokenize(call, info), ignored=_ignored(call, info))
         case DetokenizeCall():
-            return PreparedAnswer(call=dataclasses.replace(call, tokens=()), body=_detokenize(call, info))
+            asked_text = dataclasses.replace(call, tokens=(), ignored=())
+            return PreparedAnswer(call=asked_text, body=_detokenize(call, info), ignored=shown_names(call.ignored))
 
 
-def needs_text(call: Call) -> bool:
-    """Whether text becomes token ids in this call, or token ids text."""
-    if isinstance(call, GenerationCall):
-        return call.is_chat or call.echo or any(isinstance(prompt, str) for prompt in call.prompts)
-    return True
+def is_quick(call: Call) -> bool:
+    """Whether a small body is prepared at once: it has few prompts, and no text becomes token ids, or token ids text."""
+    if not isinstance(call, GenerationCall) or call.is_chat or call.echo or len(call.prompts) > QUICK_PROMPTS:
+        return False
+    return not any(isinstance(prompt, str) for prompt in call.prompts)
 
 
 def _generation(call: GenerationCall, info: EngineInfo, job: Job) -> PreparedGeneration:
@@ -179,9 +187,9 @@ def _generation(call: GenerationCall, info: EngineInfo, job: Job) -> PreparedGen
             )
         )
     _check_prompt_logprobs(params, [len(prompt.token_ids) for prompt in prompts])
-    left_out: dict[str, Any] = {"prompts": (), "tools": None, "chat_template_kwargs": {}, "sampling": {}}
-    asked = dataclasses.replace(call, messages=() if call.is_chat else None, ignored=_ignored(call, info), **left_out)
-    return PreparedGeneration(call=asked, params=params, prompts=tuple(prompts))
+    left_out: dict[str, Any] = {"prompts": (), "tools": None, "chat_template_kwargs": {}, "sampling": {}, "ignored": ()}
+    asked = dataclasses.replace(call, messages=() if call.is_chat else None, **left_out)
+    return PreparedGeneration(call=asked, params=params, prompts=tuple(prompts), ignored=_ignored(call, info))
 
 
 def _encode(prompt: Prompt | None, call: GenerationCall | TokenizeCall, info: EngineInfo) -> Sequence[int]:
@@ -205,10 +213,10 @@ def _echo(prompt: Prompt | None, call: GenerationCall, request: Request, num_ids
     return PromptText.decode(request.prompt, info.tokenizer, added=(max(0, before - cut), behind))
 
 
-def _ignored(call: GenerationCall | TokenizeCall, info: EngineInfo) -> tuple[str, ...]:
-    """Returns the names of what has no effect in a call: fields that nobody defines, variables that the template does not name."""
+def _ignored(call: GenerationCall | TokenizeCall, info: EngineInfo) -> str:
+    """Names what has no effect in a call: fields that nobody defines, variables that the template does not name."""
     unread = (name for name in call.chat_template_kwargs if not info.tokenizer.template_reads(name))
-    return (*call.ignored, *(f"chat_template_kwargs.{name}" for name in unread))
+    return shown_names((*call.ignored, *(f"chat_template_kwargs.{name}" for name in unread)))
 
 
 def _tokenize(call: TokenizeCall, info: EngineInfo) -> bytes:

@@ -1,4 +1,8 @@
-"""From deltas to OpenAI's objects: whole answers as plain dicts, streamed chunks as msgspec structs (the hot path)."""
+"""From deltas to OpenAI's objects: whole answers as plain dicts, streamed chunks as msgspec structs (the hot path).
+
+An answer may hold a million log-probabilities. So each token's are encoded by themselves, those of a prompt once for all of its choices:
+a thread that renders such an answer never holds the lock of Python's threads for long.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,9 @@ from typing import Any
 
 import msgspec
 
-from jaxpaged.engine.output import Delta, PromptText, TokenText
+from jaxpaged.engine.output import Delta, PromptText, TokenText, describe_token
+from jaxpaged.engine.tokenizer import Tokenizer
+from jaxpaged.scheduling.plan import TokenLogprobs
 from jaxpaged.server.answers import encode
 
 
@@ -81,7 +87,7 @@ class Choice:
 
     Attributes:
         index: Its place in ``choices``.
-        prompt_token_ids: Of its prompt.
+        prompt_token_ids: Of its prompt; choices of one prompt have the same tuple.
         echo: The prompt, where it is repeated before the output.
         first_token: Text of the prompt's first token, which has no log-probability; for ``echo``.
         started: Whether its first chunk was sent.
@@ -94,7 +100,7 @@ class Choice:
     text: list[str] = dataclasses.field(default_factory=list)
     token_ids: list[int] = dataclasses.field(default_factory=list)
     logprobs: list[TokenText] = dataclasses.field(default_factory=list)
-    prompt_logprobs: list[TokenText] = dataclasses.field(default_factory=list)
+    prompt_logprobs: list[TokenLogprobs] = dataclasses.field(default_factory=list)
     finish_reason: str | None = None
     stop_reason: int | str | None = None
     started: bool = False
@@ -113,12 +119,17 @@ class Choice:
         self.finish_reason, self.stop_reason = delta.finish_reason, delta.stop_reason
 
 
+_PromptsDone = dict[tuple[str, int], Any]
+"""What was rendered of the prompts of an answer, by form and by the identity of ``Choice.prompt_token_ids``."""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Renderer:
     """Renders the answers to one call.
 
     Attributes:
         label: Id, time, model.
+        tokenizer: Names the tokens of prompts.
         chat: Chat completions or completions.
         want_logprobs, want_prompt_logprobs, want_token_ids: What the client asked to see.
         want_usage: Whether a stream's other chunks carry ``usage: null``.
@@ -126,6 +137,7 @@ class Renderer:
     """
 
     label: Label
+    tokenizer: Tokenizer
     chat: bool
     want_logprobs: bool = False
     want_prompt_logprobs: bool = False
@@ -137,22 +149,23 @@ class Renderer:
 
     def answer(self, choices: Sequence[Choice], usage: Usage) -> bytes:
         """Returns the body of an answer that is not streamed."""
+        prompts: _PromptsDone = {}
         body: dict[str, Any] = {
             "id": self.label.id,
             "object": "chat.completion" if self.chat else "text_completion",
             "created": self.label.created,
             "model": self.label.model,
             "system_fingerprint": self.label.fingerprint,
-            "choices": [self._whole_choice(choice) for choice in choices],
+            "choices": [self._whole_choice(choice, prompts) for choice in choices],
             "usage": usage,
         }
         if self.chat and self.want_prompt_logprobs:
-            body["prompt_logprobs"] = self._prompt_logprobs(choices[0].prompt_logprobs)
+            body["prompt_logprobs"] = self._prompt_logprobs(choices[0], prompts)
         if self.chat and self.want_token_ids:
             body["prompt_token_ids"] = choices[0].prompt_token_ids
         return encode(body)
 
-    def _whole_choice(self, choice: Choice) -> dict[str, Any]:
+    def _whole_choice(self, choice: Choice, prompts: _PromptsDone) -> dict[str, Any]:
         text = "".join(choice.text)
         body: dict[str, Any] = {"index": choice.index}
         if self.chat:
@@ -160,9 +173,9 @@ class Renderer:
             body["logprobs"] = self._chat_logprobs(choice.logprobs) if self.want_logprobs else None
         else:
             body["text"] = choice.echo_text + text
-            body["logprobs"] = self._whole_text_logprobs(choice) if self.want_logprobs else None
+            body["logprobs"] = self._whole_text_logprobs(choice, prompts) if self.want_logprobs else None
             if self.want_prompt_logprobs:
-                body["prompt_logprobs"] = self._prompt_logprobs(choice.prompt_logprobs)
+                body["prompt_logprobs"] = self._prompt_logprobs(choice, prompts)
             if self.want_token_ids:
                 body["prompt_token_ids"] = choice.prompt_token_ids
         if self.want_token_ids:
@@ -178,7 +191,7 @@ class Renderer:
             return self._event(opening, usage, choice.prompt_token_ids if self.want_token_ids and choice.index == 0 else msgspec.UNSET)
         if choice.echo is None and not self.want_token_ids:
             return b""
-        logprobs = self._echo_logprobs(choice, choice.echo) if self.want_logprobs and choice.echo else None
+        logprobs = self._echo_logprobs(choice, choice.echo, {}) if self.want_logprobs and choice.echo else None
         opening_text = _TextChoice(choice.index, choice.echo_text, logprobs)
         if self.want_token_ids:
             opening_text.prompt_token_ids = choice.prompt_token_ids
@@ -229,7 +242,8 @@ class Renderer:
         return f"token_id:{token.token_id}" if self.ids_as_tokens else token.text
 
     def _chat_logprobs(self, tokens: Iterable[TokenText]) -> dict[str, Any]:
-        return {"content": [self._chat_token(token) | {"top_logprobs": [self._chat_token(top) for top in token.top]} for token in tokens]}
+        entries = (self._chat_token(token) | {"top_logprobs": [self._chat_token(top) for top in token.top]} for token in tokens)
+        return {"content": [msgspec.Raw(encode(entry)) for entry in entries]}
 
     def _chat_token(self, token: TokenText) -> dict[str, Any]:
         return {"token": self._name(token), "logprob": token.logprob, "bytes": list(token.bytes)}
@@ -249,32 +263,41 @@ class Renderer:
                 top.setdefault(self._name(candidate), candidate.logprob)
             lists["tokens"].append(self._name(token))
             lists["token_logprobs"].append(token.logprob)
-            lists["top_logprobs"].append(top)
+            lists["top_logprobs"].append(msgspec.Raw(encode(top)))
         return lists
 
-    def _echo_logprobs(self, choice: Choice, echo: PromptText) -> dict[str, list[Any]]:
+    def _echo_logprobs(self, choice: Choice, echo: PromptText, prompts: _PromptsDone) -> dict[str, list[Any]]:
         """The lists for an echoed prompt; its first token has no probability, since nothing stands before it."""
-        lists = self._token_lists(choice.prompt_logprobs)
-        first = f"token_id:{choice.prompt_token_ids[0]}" if self.ids_as_tokens else choice.first_token
-        for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None)):
-            lists[name].insert(0, value)
-        lists["text_offset"] = list(echo.offsets)
-        return lists
+        key = "echo", id(choice.prompt_token_ids)
+        if key not in prompts:
+            lists = self._token_lists(describe_token(entry, self.tokenizer) for entry in choice.prompt_logprobs)
+            first = f"token_id:{choice.prompt_token_ids[0]}" if self.ids_as_tokens else choice.first_token
+            for name, value in (("tokens", first), ("token_logprobs", None), ("top_logprobs", None)):
+                lists[name].insert(0, value)
+            prompts[key] = lists | {"text_offset": list(echo.offsets)}
+        found: dict[str, list[Any]] = prompts[key]
+        return found
 
-    def _whole_text_logprobs(self, choice: Choice) -> dict[str, list[Any]]:
+    def _whole_text_logprobs(self, choice: Choice, prompts: _PromptsDone) -> dict[str, list[Any]]:
         lists = self._text_logprobs(choice.logprobs, len(choice.echo_text))
         if choice.echo is None:
             return lists
-        echoed = self._echo_logprobs(choice, choice.echo)
+        echoed = self._echo_logprobs(choice, choice.echo, prompts)
         return {name: echoed[name] + lists[name] for name in lists}
 
-    def _prompt_logprobs(self, tokens: Iterable[TokenText]) -> list[dict[str, Any] | None]:
+    def _prompt_logprobs(self, choice: Choice, prompts: _PromptsDone) -> msgspec.Raw:
         """VLLM's form: per position a map of token id to its log-probability, rank and text; null for the first."""
-        positions: list[dict[str, Any] | None] = [None]
-        for token in tokens:
-            entries: dict[str, dict[str, Any]] = {}
-            for candidate in (token, *token.top):
-                entry = {"logprob": candidate.logprob, "rank": candidate.rank, "decoded_token": candidate.text}
-                entries.setdefault(str(candidate.token_id), entry)
-            positions.append(entries)
-        return positions
+        key = "vllm", id(choice.prompt_token_ids)
+        if key not in prompts:
+            positions = [b"null", *(encode(self._prompt_position(entry)) for entry in choice.prompt_logprobs)]
+            prompts[key] = msgspec.Raw(b"[" + b",".join(positions) + b"]")
+        found: msgspec.Raw = prompts[key]
+        return found
+
+    def _prompt_position(self, entry: TokenLogprobs) -> dict[str, dict[str, Any]]:
+        token = describe_token(entry, self.tokenizer)
+        entries: dict[str, dict[str, Any]] = {}
+        for candidate in (token, *token.top):
+            shown = {"logprob": candidate.logprob, "rank": candidate.rank, "decoded_token": candidate.text}
+            entries.setdefault(str(candidate.token_id), shown)
+        return entries

@@ -19,8 +19,8 @@ from jaxpaged.server.answers import ClientGone, RequestTimedOut, Unavailable
 from jaxpaged.server.body import BodyBudget, read_body
 from jaxpaged.server.calls import Calls
 from jaxpaged.server.generate import Generation
-from jaxpaged.server.prepare import Job, Prepared, PreparedAnswer, PreparedGeneration, needs_text, parse, prepare
-from jaxpaged.server.protocol import GenerationCall, shown_names
+from jaxpaged.server.prepare import Job, Prepared, PreparedAnswer, PreparedGeneration, is_quick, parse, prepare
+from jaxpaged.server.protocol import GenerationCall
 from jaxpaged.server.render import Choice, Label, Renderer
 from jaxpaged.server.text_pool import SMALL_BODY_BYTES, TextPool
 
@@ -30,7 +30,9 @@ BODIES_HELD = 64
 """Bodies of the largest allowed size that are held at once while they arrive and are prepared."""
 
 IDS_AT_A_TIME = 2**18
-"""Token ids that are unpacked before the event loop turns again."""
+"""Token ids that are unpacked before the event loop turns again; a prompt takes as long as ``IDS_OF_A_PROMPT`` of them, and its own."""
+
+IDS_OF_A_PROMPT = 1000
 
 
 class Service:
@@ -99,7 +101,7 @@ class Service:
     # ------------------------------------------------------------------------------------------------------------- input
 
     async def prepare(self, scope: Scope, receive: Receive) -> Prepared:
-        """Reads a body and makes of it what its route needs. Small ones without text are prepared at once, the others elsewhere.
+        """Reads a body and makes of it what its route needs; what is not quick is done in another process.
 
         Raises:
             RequestError: It is too large, not JSON, or a field does not fit.
@@ -118,7 +120,7 @@ class Service:
                 info = self.info()
                 self.check_model(call.model, info)
                 job = dataclasses.replace(job, body=call)
-                if not needs_text(call):
+                if is_quick(call):
                     return prepare(job, info)
             info = self.info()
             prepared = await self._texts.run(job, info, size=len(raw), owner=owner)
@@ -156,7 +158,7 @@ class Service:
             except ClientGone:
                 return
             asked = prepared.call
-            headers = [(b"x-jaxpaged-ignored-fields", shown_names(asked.ignored).encode())] if asked.ignored else []
+            headers = [(b"x-jaxpaged-ignored-fields", prepared.ignored.encode())] if prepared.ignored else []
             include_usage = asked.include_usage or (asked.stream and self.config.enable_force_include_usage)
             asked = dataclasses.replace(asked, include_usage=include_usage)
             answer = Generation(
@@ -165,7 +167,7 @@ class Service:
                 asked,
                 requests,
                 choices,
-                self._renderer(asked, prepared.params, self.check_model(asked.model, info), request_id),
+                self._renderer(asked, prepared.params, info, request_id),
                 call,
                 timeout_s=_left(self.config.request_timeout, call.started_s),
                 headers=headers,
@@ -174,15 +176,16 @@ class Service:
             if self.config.log_requests:
                 logger.info("%s", answer.summary())
 
-    def _renderer(self, asked: GenerationCall, params: SamplingParams, name: str, request_id: str) -> Renderer:
+    def _renderer(self, asked: GenerationCall, params: SamplingParams, info: EngineInfo, request_id: str) -> Renderer:
         label = Label(
             id=f"{'chatcmpl' if asked.is_chat else 'cmpl'}-{request_id}",
             created=int(time.time()),
-            model=name,
+            model=self.check_model(asked.model, info),
             fingerprint=f"jaxpaged-{self.version}",
         )
         return Renderer(
             label=label,
+            tokenizer=info.tokenizer,
             chat=asked.is_chat,
             want_logprobs=params.logprobs is not None,
             want_prompt_logprobs=asked.want_prompt_logprobs,
@@ -224,13 +227,13 @@ def _owner(scope: Scope) -> str:
 
 async def _complete(prepared: PreparedGeneration) -> tuple[list[Request], list[Choice]]:
     """Returns the requests with their prompts, and the choices of the answer."""
-    requests, choices, count = [], [], 0
+    requests, choices, done = [], [], 0
     for i, prompt in enumerate(prepared.prompts):
         token_ids = tuple(prompt.token_ids)
-        count += len(token_ids)
-        if count >= IDS_AT_A_TIME:
+        done += IDS_OF_A_PROMPT + len(token_ids)
+        if done > IDS_AT_A_TIME:
             await asyncio.sleep(0)
-            count = 0
+            done = 0
         requests.append(dataclasses.replace(prompt.request, prompt=token_ids))
         for sample in range(prepared.params.n):
             index = i * prepared.params.n + sample

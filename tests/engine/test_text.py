@@ -16,7 +16,7 @@ from tokenizers import decoders, models, normalizers, processors
 
 from jaxpaged.config import TINY_MODEL
 from jaxpaged.engine import tokenizer as tokenizer_module
-from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, PromptText, StopStrings
+from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, PromptText, StopStrings, describe_token
 from jaxpaged.engine.tokenizer import IncrementalDetokenizer, Tokenizer
 from jaxpaged.errors import CheckpointError, RequestError
 from jaxpaged.scheduling.plan import TokenEvent, TokenLogprobs
@@ -497,7 +497,7 @@ def test_logprobs_carry_text_and_bytes_and_are_finite(tiny):
     assert token.bytes == "👍".encode()[: len(token.bytes)] and token.text == "\ufffd"
     assert token.logprob == LEAST_LOGPROB == token.top[1].logprob
     assert [top.rank for top in token.top] == [1, 2]
-    assert delta.prompt_logprobs == delta.logprobs
+    assert [describe_token(entry, tiny) for entry in delta.prompt_logprobs] == [dataclasses.replace(token, offset=0)]
 
 
 # ------------------------------------------------------------------------------------------------------------ chat templates

@@ -327,7 +327,9 @@ def test_the_chosen_token_is_always_among_the_top_ones(client):
     best = TokenText(1, "a", b"a", -0.1, 1)
     chosen = TokenText(2, "b", b"b", -3.0, 7, (best,))
     choice = Choice(index=0, text=["b"], logprobs=[chosen], finish_reason="stop")
-    body = json.loads(Renderer(label=label, chat=False, want_logprobs=True).answer([choice], Usage.of(1, 1, 0)))
+    body = json.loads(
+        Renderer(label=label, tokenizer=client.engine.info.tokenizer, chat=False, want_logprobs=True).answer([choice], Usage.of(1, 1, 0))
+    )
     assert body["choices"][0]["logprobs"]["top_logprobs"] == [{"a": -0.1, "b": -3.0}]
 
 
