@@ -33,7 +33,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent.parent))
 
 from fakes import DeviceFault, FakeHandle, FakeRunner, Violation
-from scheduling.simulation import VOCAB, World, random_request, random_scheduler, require
+from scheduling.simulation import VOCAB, World, _random_request, random_scheduler, require
 
 from jaxpaged.engine.engine import MAX_UNPLANNED, Engine
 from jaxpaged.engine.recovery import RESET_PAUSES_S
@@ -454,7 +454,7 @@ def simulate_engine(
     if rng.random() < 0.2:
         world.device.wild = {(f"r{rng.randrange(num_requests)}", rng.randrange(4))}
     growth = rng.choice((0.0, 0.5, 1.0))
-    left = [random_request(rng, i, scheduler, growth, 0.2, (1, 1, 1, 2, 3)) for i in reversed(range(num_requests))]
+    left = [_random_request(rng, i, scheduler, growth, 0.2, (1, 1, 1, 2, 3)) for i in reversed(range(num_requests))]
     abort_rate, arrival_rate = rng.choice((0.0, 0.03, 0.15)), rng.choice((0.02, 0.1, 0.4, 0.9))
     drawn_impatience = rng.choice((0.0, 0.2, 0.5))
     impatience = drawn_impatience if impatience is None else impatience

@@ -507,7 +507,7 @@ def simulate(
     depth = drawn_depth if depth is None else depth
     world = World(scheduler, depth=depth, fails=fails, invalid=invalid, max_calls=max_calls)
     growth = rng.choice((0.0, 0.5, 1.0))
-    left = [random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
+    left = [_random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
     reset_rate = rng.choice((0.0, 0.0, 0.05))
     for _ in range(max_calls):
         if left and rng.random() < arrival_rate:
@@ -545,7 +545,7 @@ def simulate(
     )
 
 
-def random_request(
+def _random_request(
     rng: random.Random, number: int, scheduler: Scheduler, growth: float, share_of_beams: float, samples: tuple[int, ...]
 ) -> Request:
     bound = scheduler.max_request_tokens
