@@ -9,8 +9,11 @@ from typing import Any
 
 from jaxpaged.engine.status import EngineInfo
 from jaxpaged.errors import RequestError
-from jaxpaged.scheduling.fields import SAMPLING_FIELDS, are_ints
+from jaxpaged.scheduling.fields import MAX_BEAM_WIDTH, SAMPLING_FIELDS, are_ints
 from jaxpaged.scheduling.request import Request, SamplingParams
+
+_BEAM_CANDIDATES = 2 * MAX_BEAM_WIDTH
+"""Most likely tokens of each beam that a search looks at (``beam_candidates``)."""
 
 _OF_SAMPLES = frozenset(field.name for field in SAMPLING_FIELDS if field.goes_with == "samples")
 
@@ -159,7 +162,7 @@ def _check_vocabulary(param: str, token_ids: Collection[int], info: EngineInfo) 
 def _check_masks(params: SamplingParams, info: EngineInfo) -> None:
     """Refuses ids outside the vocabulary, and masks that leave no token to choose, with or without those that end the output.
 
-    A bias is finite and so forbids nothing.
+    A bias is finite and so forbids nothing. A beam search chooses among the 20 most likely tokens, which must not all be forbidden.
     """
     vocab = info.model_config.vocab_size
     for name in ("logit_bias", "allowed_token_ids", "bad_token_ids", "stop_token_ids"):
@@ -174,10 +177,14 @@ def _check_masks(params: SamplingParams, info: EngineInfo) -> None:
     if none_left():
         raise RequestError(f"{name} leaves no token that may be generated", param=name)
     if params.min_tokens:
-        forbidden.update(params.stop_token_ids or (), () if params.ignore_eos else _eos_token_ids(info))
+        ends = {*(params.stop_token_ids or ()), *(() if params.ignore_eos else _eos_token_ids(info))}
+        forbidden |= ends
         if none_left():
             message = f"{name} leaves only tokens that end the output, and none may before min_tokens ({params.min_tokens}) are generated"
             raise RequestError(message, param=name)
+        if params.use_beam_search and len(ends) >= _BEAM_CANDIDATES:
+            message = f"min_tokens with use_beam_search needs fewer than {_BEAM_CANDIDATES} tokens that end the output; got {len(ends)}"
+            raise RequestError(message, param="stop_token_ids")
 
 
 def _check_num_sequences(params: SamplingParams, info: EngineInfo) -> None:

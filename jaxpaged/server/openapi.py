@@ -68,8 +68,8 @@ _RULES = {
 _GENERATION_RULES = (
     "Prompt and output fit the context; min_tokens is at most max_tokens; best_of (not streamed where it is more) and beam_width are at "
     "least n, which is at most 10 in a beam search; fields of sampling and of beam search exclude each other, and so do stop and "
-    "detokenize false; ids are in the vocabulary, and masks of ids leave one that may be generated. What breaks such a rule is a 400 "
-    "that names the field."
+    "detokenize false; ids are in the vocabulary, and masks of ids leave one that may be generated, with min_tokens one that does not end "
+    "the output. What breaks such a rule is a 400 that names the field."
 )
 
 

@@ -154,6 +154,14 @@ def test_masks_that_leave_only_ends_need_min_tokens_0(info, params, param):
     assert admit(info, **params)
 
 
+def test_a_beam_search_that_may_find_no_token_to_go_on_with_is_refused(info):
+    beams = {"use_beam_search": True, "n": 2, "min_tokens": 1}
+    error = refused(info, **beams, stop_token_ids=list(range(10, 28)))  # and the two of the model
+    assert error.param == "stop_token_ids" and "fewer than 20" in str(error) and "got 20" in str(error)
+    for fine in ({"ignore_eos": True}, {"min_tokens": 0}, {"stop_token_ids": [1, 2, *range(10, 27)] * 2}):
+        assert admit(info, **{**beams, "stop_token_ids": list(range(10, 28)), **fine})
+
+
 def test_ends_that_are_ignored_are_tokens_like_others(info):
     assert admit(info, min_tokens=1, allowed_token_ids=[1, 2], ignore_eos=True)
 
