@@ -193,6 +193,28 @@ def test_tokenizer_and_template():
     assert tokenizer.decode(tokenizer.encode(odd)) == odd
 
 
+def test_the_template_shows_tools_calls_and_results():
+    from jaxpaged.engine.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer.load(ASSETS)
+    call = {"id": "1", "type": "function", "function": {"name": "look", "arguments": '{"at": "it"}'}}
+    talk = [
+        {"role": "user", "content": "Look."},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "content": "x"},
+    ]
+    tool = {"type": "function", "function": {"name": "look"}}
+    text = tokenizer.decode(tokenizer.apply_chat_template(talk, tools=[tool]), skip_special_tokens=False)
+    assert text == (
+        f"<|im_start|>system\nTools:\n{json.dumps(tool)}<|im_end|>\n<|im_start|>user\nLook.<|im_end|>\n<|im_start|>assistant\n"
+        '\n<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call><|im_end|>\n'
+        "<|im_start|>tool\nx<|im_end|>\n<|im_start|>assistant\n"
+    )
+    assert "<think>\nhm\n</think>\nx<|im_end|>" in tokenizer.decode(
+        tokenizer.apply_chat_template([{"role": "assistant", "content": "x", "reasoning": "hm"}]), skip_special_tokens=False
+    )
+
+
 def test_recalled_words_are_single_tokens():
     from tokenizers import Tokenizer
 
