@@ -91,7 +91,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         self._half_closed = True
         self.cycle.keep_alive = False
-        self._probe()
+        self._start_probes()
         return True
 
     def data_received(self, data: bytes) -> None:
@@ -198,6 +198,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if waiting:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
+            self._start_probes()  # while nothing is read, the end of the connection is not seen either
             return
         # A context of its own: asyncio may run a callback in that of another request (cpython issue 140947).
         task = self.loop.create_task(self.cycle.run_asgi(self.app), context=contextvars.Context())
@@ -207,9 +208,10 @@ class GuardedProtocol(HttpToolsProtocol):
     def on_response_complete(self) -> None:
         """Goes on with the next request."""
         self._open.popleft()
+        self._stop_probes()
         super().on_response_complete()
-        if self._half_closed and self._open:
-            self._probe()
+        if self._half_closed:
+            self._start_probes()
 
     def on_message_complete(self) -> None:
         """The next byte belongs to the next head."""
@@ -265,8 +267,18 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refusal = problem
         raise ValueError(problem.code)
 
+    def _start_probes(self) -> None:
+        if self._probe_timer is None:
+            self._probe()
+
+    def _stop_probes(self) -> None:
+        if self._probe_timer is not None:
+            self._probe_timer.cancel()
+            self._probe_timer = None
+
     def _probe(self) -> None:
         """Sends the next byte of the answer's head ahead; one that cannot be delivered ends the connection, and so the request."""
+        self._probe_timer = None
         cycle = self._open[0] if self._open else None
         if cycle is None or cycle.response_started or cycle.num_sent_ahead == len(_PROBES_S) or self.transport.is_closing():
             return
@@ -293,10 +305,10 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _cancel_timers(self) -> None:
         self._stop_head_timer()
-        for timer in (self._stall_timer, self._probe_timer):
-            if timer is not None:
-                timer.cancel()
-        self._stall_timer = self._probe_timer = None
+        self._stop_probes()
+        if self._stall_timer is not None:
+            self._stall_timer.cancel()
+            self._stall_timer = None
 
 
 class _Cycle(RequestResponseCycle):

@@ -527,9 +527,28 @@ def test_a_client_that_goes_away_ends_the_request_in_front_of_the_one_it_sent_la
         connection.sendall(post(b"/v1/completions", **first) + post(b"/v1/completions"))
         until(lambda: server.engine.running and server.engine.loop)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-    server.engine.loop.call_soon_threadsafe(server.engine.gate.set)
     until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
     assert len(server.engine.submitted) == 1
+
+
+def test_a_client_that_goes_away_after_one_of_its_answers_ends_the_next_request(make_server):
+    server = make_server()
+    server.engine.gate.clear()
+    with server.connect() as connection:
+        connection.sendall(TAIL + post(b"/v1/completions"))
+        connection.shutdown(socket.SHUT_WR)
+        assert status_of(read_answer(connection)) == 200
+        until(lambda: server.engine.running)
+    until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
+
+
+def test_what_is_sent_ahead_of_pipelined_answers_is_part_of_them(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.15))
+    with server.connect() as connection:
+        connection.sendall(post(b"/v1/completions") * 12)
+        for _ in range(12):
+            answer = read_answer(connection)
+            assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b'"text":"page"' in answer
 
 
 def test_two_hundred_clients_that_go_away_leave_nothing(make_server):
