@@ -399,6 +399,28 @@ def test_failed_steps_show_as_recovering_and_streams_go_on():
     asyncio.run(main())
 
 
+@pytest.mark.parametrize("n", [1, 2])
+def test_clients_that_leave_requests_that_break_steps_end_nothing(n):
+    """Again and again on an idle server, and one sample of two by a stop string; in the end it is ready and serves."""
+
+    async def main():
+        runner = SlowRunner()
+        runner.fails = lambda plan: any(work.sequence.request.id.startswith("bad") for work in plan.work)
+        async with Served(runner) as engine:
+            for i in range(8):
+                before = engine.stats().recoveries
+                stream = engine.submit(make(f"bad{i}", [1, 2], n=n, max_tokens=30))
+                await eventually(lambda before=before: engine.stats().recoveries >= before + 2)
+                engine.abort(f"bad{i}", 0, reason=FinishReason.STOP)
+                stream.close()
+                await eventually(lambda: engine.status.ready and not engine._engine.has_work)
+            request = make("good", [1, 2, 3], max_tokens=30)
+            assert await tokens_of(engine.submit(request)) == expected_tokens(request)
+            assert engine.stats().recoveries >= 16
+
+    asyncio.run(main())
+
+
 def broken_runner(*, resets):
     """A device whose fifth step fails, and as many resets after it."""
     runner = SlowRunner()

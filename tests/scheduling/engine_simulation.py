@@ -412,6 +412,8 @@ def simulate_engine(
     depth: int | None = None,
     poisoned: float | None = None,
     impatience: float | None = None,
+    beams: float = 0.2,
+    samples: tuple[int, ...] = (1, 1, 1, 2, 3),
     **options,
 ) -> EngineOutcome:
     """Runs a random world around an engine to its end.
@@ -426,6 +428,8 @@ def simulate_engine(
         depth: Steps dispatched ahead; drawn by default.
         poisoned: Share of the requests that break steps, from some token on; drawn by default.
         impatience: Chance, each turn, that a client leaves whose request broke steps; drawn by default.
+        beams: Share of the requests that are beam searches.
+        samples: What each other request's ``n`` is drawn from.
         **options: Options of the scheduler that are not drawn.
 
     Raises:
@@ -454,7 +458,7 @@ def simulate_engine(
     if rng.random() < 0.2:
         world.device.wild = {(f"r{rng.randrange(num_requests)}", rng.randrange(4))}
     growth = rng.choice((0.0, 0.5, 1.0))
-    left = [_random_request(rng, i, scheduler, growth, 0.2, (1, 1, 1, 2, 3)) for i in reversed(range(num_requests))]
+    left = [_random_request(rng, i, scheduler, growth, beams, samples) for i in reversed(range(num_requests))]
     abort_rate, arrival_rate = rng.choice((0.0, 0.03, 0.15)), rng.choice((0.02, 0.1, 0.4, 0.9))
     drawn_impatience = rng.choice((0.0, 0.2, 0.5))
     impatience = drawn_impatience if impatience is None else impatience

@@ -301,6 +301,7 @@ class RestartKeepsThePool(Engine):
 
 
 ONLY_REQUESTS = {"rates": Rates(), "poisoned": 0.9, "impatience": 0.5}
+SAMPLES = {"beams": 0.0, "samples": (2, 3), "max_num_seqs": 5}
 ALLOCATIONS = {"rates": Rates(allocate=0.3)}
 AWAY = {"rates": Rates(read=0.1, away=0.5)}
 
@@ -309,7 +310,7 @@ MUTANTS: dict[type, dict[str, object]] = {
     UnplannedNotCounted: ALLOCATIONS,
     GoodStepsCountForNothing: ALLOCATIONS,
     FailuresNotTold: ALLOCATIONS,
-    AccusationForgotten: ONLY_REQUESTS,
+    AccusationForgotten: ONLY_REQUESTS | SAMPLES,
     AcquittedByAChunk: ONLY_REQUESTS,
     AllAccused: {},
     NobodyAccusedOfPlans: ALLOCATIONS,
@@ -350,7 +351,7 @@ def plant(mutant: type, options: dict[str, object]) -> Callable[[int], object]:
         make = mutant
     elif issubclass(mutant, Recovery):
         make = type(mutant.__name__, (WithRecovery,), {"kind": mutant})
-    return lambda seed: simulate_engine(seed, make=make, mutate=mutate, max_calls=3000, **options)
+    return lambda seed: simulate_engine(seed, make=make, mutate=mutate, max_calls=1500, **options)
 
 
 @pytest.fixture(autouse=True)
