@@ -505,10 +505,10 @@ class _Reporting:
         self._report(0)
         self._to.begin(stage, total, unit)
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """It has come this far."""
         self._report(done)
-        self._to.advance(done)
+        self._to.advance(done, note)
 
     def end(self, text: str) -> None:
         """It is over, with this to show for."""
@@ -519,8 +519,8 @@ class _Reporting:
         self._to.say(text)
 
     def _report(self, done: int) -> None:
-        if self._stage == "compile":
-            self._engine.report("compiling", f"compiling {done}/{self._total}")
+        if self._stage == "programs":
+            self._engine.report("compiling", f"loading or compiling programs, {done}/{self._total}")
         else:
             percent = 100 * done // self._total if self._total else 0
             self._engine.report("loading", f"loading {self._stage}, {percent} %")

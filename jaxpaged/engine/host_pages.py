@@ -65,13 +65,18 @@ class HostPages:
         self._stored = [_reserve(num_pages, array.shape[1:], array.dtype) for array in jax.tree.leaves(pool)]
         self._leaving: deque[_Leaving] = deque()
 
-    def compile(self, pool: PagePool) -> int:
-        """Compiles what is not compiled yet; returns how many programs there are."""
+    @property
+    def num_programs(self) -> int:
+        """How many programs ``compile`` makes in all."""
+        return 2 * len(self.chunk_sizes)
+
+    def compile(self, pool: PagePool) -> Iterator[None]:
+        """Compiles what is not compiled yet, a program at a time."""
         for size in self.chunk_sizes:
             for to_host in (True, False):
                 if (to_host, size) not in self.programs:
                     self.programs[to_host, size] = self._compile(pool, to_host=to_host, size=size)
-        return len(self.programs)
+                    yield
 
     def run(self, pool: PagePool, transfers: Sequence[Transfer]) -> PagePool:
         """Starts the moves, in order.

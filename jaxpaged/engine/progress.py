@@ -8,21 +8,21 @@ from collections.abc import Callable
 from typing import Protocol, TextIO
 
 from rich.console import Console
-from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn
+from rich.progress import BarColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as RichBars
 
 _LABEL_WIDTH = 9
-_STEP = 0.1
+_STEPS = 10
 
 
 class Progress(Protocol):
     """Told of each stage of start-up, in order: ``begin``, ``advance`` any number of times, ``end``; and single lines between them."""
 
     def begin(self, stage: str, total: int, unit: str) -> None:
-        """A stage begins; ``total`` is the last value of ``advance``."""
+        """A stage begins; ``total`` is the last value of ``advance``, in bytes or in what the stage is named after."""
 
-    def advance(self, done: int) -> None:
-        """The stage has come this far."""
+    def advance(self, done: int, note: str = "") -> None:
+        """The stage has come this far; ``note`` says more about it."""
 
     def end(self, text: str) -> None:
         """The stage is over; the line that stays."""
@@ -37,7 +37,7 @@ class Quiet:
     def begin(self, stage: str, total: int, unit: str) -> None:
         """Nothing."""
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """Nothing."""
 
     def end(self, text: str) -> None:
@@ -66,12 +66,14 @@ class Lines:
         """Remembers the stage."""
         self._stage, self._total, self._unit, self._shown, self._began = stage, total, unit, 0, self._clock()
 
-    def advance(self, done: int) -> None:
-        """Writes a line if another tenth is done."""
-        share = int(done / self._total / _STEP) if self._total else 0
-        if share > self._shown and done < self._total and self._clock() - self._began > 1.0:
+    def advance(self, done: int, note: str = "") -> None:
+        """Writes a line if another tenth is done, with the time that the rest takes if it goes on like this."""
+        share, spent = _STEPS * done // self._total if self._total else 0, self._clock() - self._began
+        if share > self._shown and done < self._total and spent > 1.0:
             self._shown = share
-            self._write(f"{self._stage:{_LABEL_WIDTH}} {_amount(done, self._unit)} of {_amount(self._total, self._unit)}")
+            left = f"about {spent / done * (self._total - done):.0f} s left"
+            parts = (f"{_amount(done, self._unit)} of {_amount(self._total, self._unit)}", note, left)
+            self._write(f"{self._stage:{_LABEL_WIDTH}} {', '.join(filter(None, parts))}")
 
     def end(self, text: str) -> None:
         """Writes the stage's outcome."""
@@ -104,15 +106,17 @@ class Bars:
             BarColumn(24),
             TextColumn("{task.fields[amount]}"),
             TimeElapsedColumn(),
+            TimeRemainingColumn(),
         )
         self._bars = RichBars(*columns, console=self._console, transient=True)
         self._task = self._bars.add_task(stage, total=max(1, total), amount="")
         self._bars.start()
 
-    def advance(self, done: int) -> None:
+    def advance(self, done: int, note: str = "") -> None:
         """Moves it."""
         if self._bars is not None:
-            self._bars.update(self._task, completed=done, amount=f"{_amount(done, self._unit)}/{_amount(self._total, self._unit)}")
+            parts = (f"{_amount(done, self._unit)}/{_amount(self._total, self._unit)}", note)
+            self._bars.update(self._task, completed=done, amount=", ".join(filter(None, parts)))
 
     def end(self, text: str) -> None:
         """Closes it and leaves the outcome."""
@@ -140,4 +144,4 @@ def gib(num_bytes: float) -> str:
 
 
 def _amount(value: int, unit: str) -> str:
-    return gib(value) if unit == "bytes" else f"{value} {unit}"
+    return gib(value) if unit == "bytes" else str(value)

@@ -14,7 +14,7 @@ import os
 import time
 import weakref
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any
 
 import jax
@@ -138,7 +138,7 @@ class Runner:
     Attributes:
         vocab_size: V; every id that a step samples is below it.
         preemption: What moving pages and computing tokens cost, as measured here.
-        num_programs: Programs that ``warm_up`` compiled or found in the compile cache.
+        num_programs: Programs that ``warm_up`` compiles or finds in the compile cache; 0 before it.
         compilations_after_ready: Programs compiled inside ``dispatch`` since ``warm_up`` ended; 0 if the buckets are right.
         cache_hits: Programs that warm-up found in the compile cache.
         compile_s: Seconds spent on tracing and compiling programs, waiting included.
@@ -238,25 +238,18 @@ class Runner:
         self._unread.clear()
 
     def warm_up(self, progress: Callable[[int, int], None] = lambda done, total: None) -> None:
-        """Compiles every program, runs each once on padding, and counts compilations from then on.
+        """Compiles every program or reads it from the compile cache, runs each once on padding, and counts compilations from then on.
 
         Args:
             progress: Called with programs done and their number, from this thread.
         """
-        started, buckets = time.monotonic(), [t for t in self.token_buckets if t not in self._programs]
-        progress(0, len(buckets))
+        started = time.monotonic()
+        self.num_programs = len(self.token_buckets) + 1 + self._host.num_programs
+        progress(0, self.num_programs)
         self._warming = True
-        with concurrent.futures.ThreadPoolExecutor(_compile_threads()) as threads:
-            compiling = {threads.submit(self._compile, bucket): bucket for bucket in reversed(buckets)}
-            try:
-                for done, future in enumerate(concurrent.futures.as_completed(compiling), start=1):
-                    self._programs[compiling[future]] = future.result()
-                    progress(done, len(buckets))
-            except BaseException:
-                threads.shutdown(wait=True, cancel_futures=True)
-                raise
-        self._set_slot(self.max_num_seqs, np.zeros(self.vocab_size, np.float32), np.zeros(self.vocab_size, np.int32))
-        self.num_programs = len(self._programs) + 1 + self._host.compile(self.pool)
+        with contextlib.closing(self._make_programs()) as programs:
+            for done, _ in enumerate(programs, start=1):
+                progress(done, self.num_programs)
         self._warming = False
         self.compile_s += time.monotonic() - started
         for bucket in (*self.token_buckets, self.token_buckets[-1]):  # the last one twice: the first run of a program is slow
@@ -266,6 +259,23 @@ class Runner:
         self._pool, num_pages, seconds = self._host.measure(self.pool)
         self.preemption.moved(num_pages, seconds)
         self.mark_ready()
+
+    def _make_programs(self) -> Generator[None]:
+        """Makes the programs that are not there yet; yields after each, in whatever order they come."""
+        yield from (None for bucket in self.token_buckets if bucket in self._programs)
+        with concurrent.futures.ThreadPoolExecutor(_compile_threads()) as threads:
+            buckets = [bucket for bucket in reversed(self.token_buckets) if bucket not in self._programs]
+            compiling = {threads.submit(self._compile, bucket): bucket for bucket in buckets}
+            try:
+                for future in concurrent.futures.as_completed(compiling):
+                    self._programs[compiling[future]] = future.result()
+                    yield
+            except BaseException:
+                threads.shutdown(wait=True, cancel_futures=True)
+                raise
+        self._set_slot(self.max_num_seqs, np.zeros(self.vocab_size, np.float32), np.zeros(self.vocab_size, np.int32))
+        yield
+        yield from self._host.compile(self.pool)
 
     def mark_ready(self) -> None:
         """Counts compilations from now on."""

@@ -14,7 +14,7 @@ import jax
 
 from jaxpaged.attention import page_bytes, resolve_backend
 from jaxpaged.config import EngineConfig, ModelConfig
-from jaxpaged.engine.compile_cache import enable_compile_cache
+from jaxpaged.engine.compile_cache import CompileCache, enable_compile_cache
 from jaxpaged.engine.engine import Engine
 from jaxpaged.engine.host_pages import staging_bytes
 from jaxpaged.engine.hub import model_directory
@@ -87,7 +87,7 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         ConfigError: Something does not fit: the model, its files, the memory, an option.
     """
     started, progress = time.monotonic(), progress or Quiet()
-    cache_dir = enable_compile_cache(config.compilation_cache_dir)
+    cache = enable_compile_cache(config.compilation_cache_dir)
     device = jax.devices()[0]
     sizes = _resolve(config, device)
     plan_swap_space(config, device, available_bytes=available_host_bytes())  # refuses early what cannot be
@@ -104,7 +104,9 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         progress.say(_describe_sharing(config, plan))
         runner = _make_runner(config, model, params, sizes, plan)
         if config.warmup:
-            _warm_up(runner, cache_dir, progress)
+            _warm_up(runner, cache, progress)
+    if cache is not None:
+        cache.seal()
 
     scheduler = Scheduler(
         num_pages=plan.num_pages,
@@ -153,7 +155,13 @@ def load_engine(config: EngineConfig, progress: Progress | None = None) -> Loade
         preemption_mode=_preemption_mode(config, plan),
         load_s=time.monotonic() - started,
     )
-    return LoadedEngine(engine, info, runner.close)
+
+    def close() -> None:
+        runner.close()
+        if cache is not None:
+            cache.seal()  # what was compiled while serving
+
+    return LoadedEngine(engine, info, close)
 
 
 def _headline(device: jax.Device) -> str:
@@ -299,20 +307,24 @@ def _describe_sharing(config: EngineConfig, plan: MemoryPlan) -> str:
     return f"{'sharing':9} prefix cache {prefix} · swap space {swap} · preemption {_preemption_mode(config, plan)}"
 
 
-def _warm_up(runner: Runner, cache_dir: Path | None, progress: Progress) -> None:
+def _warm_up(runner: Runner, cache: CompileCache | None, progress: Progress) -> None:
     started, began = time.monotonic(), False
+
+    def made(done: int) -> str:
+        hits = min(done, runner.cache_hits)
+        return f"{hits} from the cache, {done - hits} compiled" if cache else f"{done} compiled"
 
     def advance(done: int, total: int) -> None:
         nonlocal began
         if not began:
-            progress.begin("compile", total, "programs")
+            progress.begin("programs", total, "programs")
             began = True
-        progress.advance(done)
+        progress.advance(done, made(done))
 
     runner.warm_up(advance)
-    buckets, count = runner.token_buckets, runner.num_programs
-    where = f"cache: {runner.cache_hits} hit, {count - runner.cache_hits} new  dir {cache_dir}" if cache_dir else "no cache"
-    progress.end(f"{count} programs [{buckets[0]}…{buckets[-1]} tokens]  {time.monotonic() - started:.1f} s  {where}")
+    buckets, where = runner.token_buckets, f"cache {cache.path}" if cache else "no cache"
+    steps = f"steps of {', '.join(map(str, buckets))} tokens" if len(buckets) < 3 else f"steps of {buckets[0]}…{buckets[-1]} tokens"
+    progress.end(f"{made(runner.num_programs)}  {time.monotonic() - started:.1f} s  {steps}  {where}")
 
 
 def _eos_token_ids(config: EngineConfig, directory: Path, tokenizer: Tokenizer) -> tuple[int, ...]:

@@ -21,7 +21,7 @@ class EngineStatus:
 
     Attributes:
         state: ``ready`` is the only state in which requests are taken.
-        detail: For people: progress while loading (``compiling 9/12``), the reason once failed.
+        detail: For people: progress while loading (``loading or compiling programs, 9/12``), the reason once failed.
         running: Sequences that hold pages.
         waiting: Sequences in the queue.
         last_step_age_s: Seconds since a step finished or, if later, since there was work to do; 0 while idle.

@@ -589,7 +589,7 @@ def test_loading_shows_progress_and_errors_as_they_are():
             progress.advance(100)
             seen.append(engine.status)
             progress.end("done")
-            progress.begin("compile", 12, "programs")
+            progress.begin("programs", 12, "programs")
             progress.advance(9)
             seen.append(engine.status)
             raise ConfigError("the model does not fit")
@@ -598,7 +598,10 @@ def test_loading_shows_progress_and_errors_as_they_are():
         engine.start(asyncio.get_running_loop())
         with pytest.raises(ConfigError, match="does not fit"):
             await engine.wait_ready()
-        assert [(status.state, status.detail) for status in seen] == [("loading", "loading weights, 50 %"), ("compiling", "compiling 9/12")]
+        assert [(status.state, status.detail) for status in seen] == [
+            ("loading", "loading weights, 50 %"),
+            ("compiling", "loading or compiling programs, 9/12"),
+        ]
         assert engine.status.state == "failed" and engine.status.detail == "the model does not fit"
         with pytest.raises(EngineStopped):
             engine.submit(make("a", [1]))
@@ -612,7 +615,7 @@ def test_stopping_ends_the_loading():
         reached = threading.Event()
 
         def before(progress):
-            progress.begin("compile", 1000, "programs")
+            progress.begin("programs", 1000, "programs")
             for done in range(1000):
                 time.sleep(0.01)
                 reached.set()

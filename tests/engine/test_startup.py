@@ -9,12 +9,14 @@ import subprocess
 import sys
 
 import jax
+import numpy as np
 import pytest
+from engine_fakes import SMALL
 
 from jaxpaged.attention import make_pool, page_bytes
 from jaxpaged.config import TINY_MODEL, CacheConfig, EngineConfig, ModelConfig, RopeScaling, SchedulerConfig, make_config
 from jaxpaged.engine import compile_cache
-from jaxpaged.engine.compile_cache import enable_compile_cache
+from jaxpaged.engine.compile_cache import CompileCache, enable_compile_cache
 from jaxpaged.engine.memory import Budget, available_host_bytes, plan_memory, plan_swap_space
 from jaxpaged.engine.progress import Bars, Lines, Quiet, make_progress
 from jaxpaged.engine.runner import Runner
@@ -279,11 +281,12 @@ def compile_one(constant):
 
 
 def test_programs_are_kept_in_a_private_directory(tmp_path, jax_config):
-    path = enable_compile_cache(str(tmp_path / "deep" / "xla"))
+    cache = enable_compile_cache(str(tmp_path / "deep" / "xla"))
+    path = cache.path
     assert path.stat().st_mode & 0o777 == 0o700
     compile_one(3.25)
     assert any(path.iterdir())
-    assert enable_compile_cache(str(path)) == path
+    assert enable_compile_cache(str(path)) == cache
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o770, 0o701])
@@ -311,20 +314,104 @@ def test_a_file_in_its_place_or_no_place_costs_only_a_warning(tmp_path, jax_conf
     assert jax.config.jax_compilation_cache_dir is None
 
 
-def test_damaged_entries_are_compiled_anew(tmp_path, jax_config, caplog):
-    path = enable_compile_cache(str(tmp_path / "xla"))
-    compile_one(7.5)
-    for entry in path.iterdir():
-        entry.write_bytes(entry.read_bytes()[:20])
-    jax.clear_caches()
-    program = jax.jit(lambda x: x * 7.5 + 1)
-    assert program(jax.numpy.ones(4))[0] == 8.5
+HITS = "/jax/compilation_cache/cache_hits"
+
+
+@pytest.fixture
+def start(tmp_path, jax_config):
+    """Plays a start that compiles programs, and returns how many came out of the cache."""
+
+    def play(*constants, directory=tmp_path / "xla", seal=True):
+        jax.clear_caches()
+        cache, hits = enable_compile_cache(str(directory)), []
+        listener = lambda event, **_: hits.append(event) if event == HITS else None  # noqa: E731
+        jax.monitoring.register_event_listener(listener)
+        for constant in constants:
+            program = jax.jit(lambda x, constant=constant: x * constant + 1).lower(jax.ShapeDtypeStruct((4,), "float32")).compile()
+            assert np.asarray(program(np.ones(4, np.float32)))[0] == constant + 1
+        jax.monitoring.unregister_event_listener(listener)
+        if seal:
+            cache.seal()
+        return len(hits)
+
+    return play
+
+
+def entries(tmp_path):
+    return sorted((tmp_path / "xla").glob("*-cache"))
+
+
+def shorten(path):
+    path.write_bytes(path.read_bytes()[:20])
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [shorten, flip, lambda path: path.write_bytes(b"")])
+def test_a_damaged_entry_is_replaced(tmp_path, start, caplog, damage):
+    assert (start(7.5, 8.5), start(7.5, 8.5)) == (0, 2)
+    damage(entries(tmp_path)[0])
+    assert start(7.5, 8.5) == 1
+    assert f"compile cache {tmp_path / 'xla'}: 1 of 2 programs were damaged, exchanged or not written to the end" in caplog.text
+    caplog.clear()
+    assert start(7.5, 8.5) == 2
+    assert not caplog.text
+
+
+def test_exchanged_entries_are_seen_before_they_are_run(tmp_path, start, caplog):
+    start(7.5, 8.5, 9.5)
+    one, other, _ = entries(tmp_path)
+    first, second = one.read_bytes(), other.read_bytes()
+    one.write_bytes(second)
+    other.write_bytes(first)
+    assert (start(7.5, 8.5, 9.5), start(7.5, 8.5, 9.5)) == (1, 3)
+    assert "2 of 3 programs were damaged, exchanged" in caplog.text
+
+
+def test_what_was_not_written_to_the_end_or_has_lost_its_seal_is_compiled_anew(tmp_path, start):
+    start(7.5)
+    assert start(7.5, 8.5, seal=False) == 1  # killed while it compiled
+    assert (start(7.5, 8.5), start(7.5, 8.5)) == (1, 2)
+    for seal in (tmp_path / "xla").glob("*.sha256"):
+        seal.write_bytes(b"\xff")
+    assert (start(7.5, 8.5), start(7.5, 8.5)) == (0, 2)
+    for entry in entries(tmp_path):
+        entry.unlink()
+    assert (start(7.5, 8.5), start(7.5, 8.5)) == (0, 2)
+
+
+def test_a_directory_is_found_through_a_symbolic_link(tmp_path, start):
+    start(7.5)
+    (tmp_path / "link").symlink_to(tmp_path / "xla")
+    (tmp_path / "up").symlink_to(tmp_path)
+    for directory in (tmp_path / "link", tmp_path / "up" / "xla", tmp_path / "up" / ".." / tmp_path.name / "xla"):
+        assert start(7.5, directory=directory) == 1
+        assert jax.config.jax_compilation_cache_dir == str(tmp_path / "xla")
+
+
+def test_somebody_elses_entries_get_no_seal(tmp_path, jax_config):
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    (tmp_path / "jit_other-1-cache").write_bytes(b"x")
+    enable_compile_cache(None).seal()
+    assert [path.name for path in tmp_path.iterdir()] == ["jit_other-1-cache"]
+
+
+def test_a_second_engine_of_a_process_seals_what_it_compiles(tmp_path, start):
+    start(7.5)
+    start(8.5, seal=False)
+    cache = enable_compile_cache(None)  # the first one's
+    cache.seal()
+    assert (cache, start(7.5, 8.5)) == (CompileCache(tmp_path / "xla", is_ours=True), 2)
 
 
 def test_jaxs_own_directory_is_respected_and_empty_means_none(tmp_path, jax_config):
     assert enable_compile_cache("") is None
     jax.config.update("jax_compilation_cache_dir", str(tmp_path))
-    assert enable_compile_cache(None) == tmp_path
+    assert enable_compile_cache(None) == CompileCache(tmp_path, is_ours=False)
 
 
 # ------------------------------------------------------------------------------------------------------------- the model's files
@@ -390,14 +477,15 @@ def test_a_chat_template_from_a_file(directory, tmp_path):
 def test_plain_lines_show_tenths_of_slow_stages():
     now, lines = [0.0], []
     progress = Lines(lines.append, clock=lambda: now[0])
-    progress.begin("compile", 20, "programs")
+    progress.begin("programs", 20, "programs")
     for done in range(21):
+        progress.advance(done, f"{done} compiled" if done > 4 else "")
         now[0] += 0.3
-        progress.advance(done)
-    progress.end("20 programs")
+    progress.end("20 compiled")
     progress.say("ready")
-    assert lines[-2:] == ["compile   20 programs", "ready"]
-    assert 5 < len(lines) < 12 and lines[0].startswith("compile ") and "of 20 programs" in lines[0]
+    assert lines[-2:] == ["programs  20 compiled", "ready"]
+    assert lines[:2] == ["programs  4 of 20, about 5 s left", "programs  6 of 20, 6 compiled, about 4 s left"]
+    assert 5 < len(lines) < 12
 
 
 def test_fast_stages_show_one_line():
@@ -416,7 +504,7 @@ def test_bars_only_on_a_terminal():
     bars = make_progress(stream)
     assert isinstance(bars, Bars)
     bars.begin("weights", 2**30, "bytes")
-    bars.advance(2**29)
+    bars.advance(2**29, "half of it")
     bars.end("7 MiB [not markup]")
     assert "weights   7 MiB [not markup]" in stream.getvalue()
 
@@ -440,6 +528,32 @@ def test_the_start_up_log_says_what_was_loaded(small, caplog):
     assert "sharing   prefix cache on · swap space none · preemption recompute" in text
     assert (loaded.info.num_host_pages, loaded.info.enable_prefix_caching, loaded.info.preemption_mode) == (0, True, "recompute")
     loaded.close()
+
+
+@pytest.mark.parametrize(("cached", "swap"), [(False, 0), (True, 0.01)])
+def test_the_start_up_log_counts_every_program_once(tmp_path, jax_config, cached, swap):
+    options = {"load_format": "dummy", "max_num_seqs": 2, "max_num_batched_tokens": 4, "token_buckets": (1, 4), "num_pages": 100}
+    options |= {"hf_overrides": SMALL}
+    options |= {"compilation_cache_dir": str(tmp_path / "xla") if cached else "", "swap_space": swap}
+    moves = 0
+    for start in ("empty", "full"):
+        jax.clear_caches()  # of the process
+        lines, counts = [], []
+        progress = Lines(lines.append)
+        progress.advance = lambda done, note="", counts=counts: counts.append((done, note)) if "compiled" in note else None
+        loaded = load_engine(make_config(EngineConfig, options), progress)
+        moves = loaded.engine.runner._host.num_programs
+        total = 2 + 1 + moves
+        assert (moves > 0) == (swap > 0)
+        assert [done for done, _ in counts] == list(range(total + 1))
+        assert counts[0][1] == ("0 from the cache, 0 compiled" if cached else "0 compiled")
+        loaded.close()
+        made = f"{total} from the cache, 0 compiled" if start == "full" else f"0 from the cache, {total} compiled"
+        (line,) = [line for line in lines if line.startswith("programs ")]
+        assert line.startswith(f"programs  {made if cached else f'{total} compiled'}  ")
+        assert line.endswith(f"  steps of 1, 4 tokens  {f'cache {tmp_path}/xla' if cached else 'no cache'}")
+        if not cached:
+            break
 
 
 def test_the_start_up_log_says_what_is_shared_and_swapped():
