@@ -91,7 +91,7 @@ class GuardedProtocol(HttpToolsProtocol):
             return False
         self._half_closed = True
         self.cycle.keep_alive = False
-        self._start_probes()
+        self._probe()
         return True
 
     def data_received(self, data: bytes) -> None:
@@ -198,7 +198,6 @@ class GuardedProtocol(HttpToolsProtocol):
         if waiting:
             self.flow.pause_reading()
             self.pipeline.appendleft((self.cycle, self.app))
-            self._start_probes()  # while nothing is read, the end of the connection is not seen either
             return
         # A context of its own: asyncio may run a callback in that of another request (cpython issue 140947).
         task = self.loop.create_task(self.cycle.run_asgi(self.app), context=contextvars.Context())
@@ -211,7 +210,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._stop_probes()
         super().on_response_complete()
         if self._half_closed:
-            self._start_probes()
+            self._probe()
 
     def on_message_complete(self) -> None:
         """The next byte belongs to the next head."""
@@ -267,10 +266,6 @@ class GuardedProtocol(HttpToolsProtocol):
         self._refusal = problem
         raise ValueError(problem.code)
 
-    def _start_probes(self) -> None:
-        if self._probe_timer is None:
-            self._probe()
-
     def _stop_probes(self) -> None:
         if self._probe_timer is not None:
             self._probe_timer.cancel()
@@ -278,7 +273,6 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def _probe(self) -> None:
         """Sends the next byte of the answer's head ahead; one that cannot be delivered ends the connection, and so the request."""
-        self._probe_timer = None
         cycle = self._open[0] if self._open else None
         if cycle is None or cycle.response_started or cycle.num_sent_ahead == len(_PROBES_S) or self.transport.is_closing():
             return

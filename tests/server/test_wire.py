@@ -531,14 +531,21 @@ def test_a_client_that_goes_away_ends_the_request_in_front_of_the_one_it_sent_la
     assert len(server.engine.submitted) == 1
 
 
-def test_a_client_that_goes_away_after_one_of_its_answers_ends_the_next_request(make_server):
-    server = make_server()
-    server.engine.gate.clear()
+def test_a_client_that_closes_its_half_and_goes_away_after_some_of_its_answers_ends_the_next_request(make_server):
+    server = make_server(FakeAsyncEngine(step_s=0.1))
+
+    def hold_the_last(request):
+        if len(server.engine.submitted) == 2:
+            server.engine.gate.clear()
+        return request.prompt
+
+    server.engine.reply = hold_the_last
     with server.connect() as connection:
-        connection.sendall(TAIL + post(b"/v1/completions"))
+        connection.sendall(TAIL + post(b"/v1/completions") * 2)
         connection.shutdown(socket.SHUT_WR)
-        assert status_of(read_answer(connection)) == 200
-        until(lambda: server.engine.running)
+        for _ in range(2):
+            assert status_of(read_answer(connection)) == 200
+        until(lambda: len(server.engine.submitted) == 2 and server.engine.running)
     until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
 
 
