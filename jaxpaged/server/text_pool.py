@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 JOB_S = 10.0
 JOB_BYTES = 2 * 2**20
-"""A job may take ``JOB_S`` seconds, and once more for every ``JOB_BYTES`` of its body."""
+"""A job may take ``JOB_S`` seconds of a processor, and once more for every ``JOB_BYTES`` of its body."""
 
 SMALL_BODY_BYTES = 32 * 1024
 """Bodies up to this size are small: they need no budget, are parsed where they arrive, and have a process that large ones may not use."""
@@ -50,7 +50,7 @@ class ProcessPool:
 
     Args:
         count: How many, at least 2; default: one for each four processors, from 2 to 4.
-        job_s: Seconds that a job may take, and once more for every ``JOB_BYTES`` of its body.
+        job_s: Seconds of a processor that a job may take, and once more for every ``JOB_BYTES`` of its body.
     """
 
     def __init__(self, count: int | None = None, *, job_s: float = JOB_S) -> None:
@@ -69,8 +69,7 @@ class ProcessPool:
             ConfigError: The chat template is not valid, or takes too long or too much for one short message.
         """
         loop = asyncio.get_running_loop()
-        message = pickle.dumps((self._job_s, info))
-        results = await asyncio.gather(*(loop.run_in_executor(self._threads, process.load, message) for process in self._all))
+        results = await asyncio.gather(*(loop.run_in_executor(self._threads, process.load, self._job_s, info) for process in self._all))
         if (error := results[0]) is not None:
             if isinstance(error, RequestError) and error.code in ("invalid_chat_template", "request_too_costly"):
                 raise ConfigError(f"the chat template cannot be used: {error}; give another with --chat-template")
@@ -93,8 +92,8 @@ class ProcessPool:
         large = size > SMALL_BODY_BYTES
         await self._turns.take(large=large, owner=owner)
         process = self._idle.pop()
-        message = pickle.dumps((self._job_s * (1 + size / JOB_BYTES), job))
-        done = asyncio.get_running_loop().run_in_executor(self._threads, process.do, message)
+        seconds = self._job_s * (1 + size / JOB_BYTES)
+        done = asyncio.get_running_loop().run_in_executor(self._threads, process.do, seconds, job)
 
         def give_back(_: object) -> None:  # not before the process is done, even where nobody waits for it any more
             self._idle.append(process)
@@ -119,21 +118,21 @@ class _Process:
     """One process. Its methods block; ``end`` may be called while another waits."""
 
     def __init__(self) -> None:
-        self._first = b""
+        self._first: tuple[float, EngineInfo] | None = None
         self._ended = False
         self._start()
 
-    def load(self, message: bytes) -> JaxpagedError | None:
+    def load(self, seconds: float, info: EngineInfo) -> JaxpagedError | None:
         """Sends the first message, now and to each process that replaces this one; returns what the trial of the template said."""
-        self._first = message
-        answer: JaxpagedError | None = self._ask(message)
+        self._first = seconds, info
+        answer: JaxpagedError | None = self._ask(seconds, info)
         return answer
 
-    def do(self, message: bytes) -> Prepared | JaxpagedError | Fault:
+    def do(self, seconds: float, job: Job) -> Prepared | JaxpagedError | Fault:
         """Sends a job and returns its answer; a process that is gone is replaced, before the job or after it."""
         if self._process.poll() is not None:
             self._replace()
-        answer: Prepared | JaxpagedError | Fault = self._ask(message)
+        answer: Prepared | JaxpagedError | Fault = self._ask(seconds, job)
         if self._process.poll() is not None:
             self._replace()
         return answer
@@ -144,23 +143,23 @@ class _Process:
         self._process.kill()
         self._process.wait()
 
-    def _ask(self, message: bytes) -> Any:
+    def _ask(self, seconds: float, what: EngineInfo | Job) -> Any:
         try:
-            self._connection.send_bytes(message)
+            self._connection.send_bytes(pickle.dumps((seconds, what)))
             return pickle.loads(self._connection.recv_bytes())
         except (EOFError, OSError):
             code = self._process.wait()
         if self._ended:
             return EngineStopped("the server is shutting down")
-        reason = "takes too long" if code == -signal.SIGALRM else f"takes more than {MEMORY_BYTES >> 20} MiB of memory"
-        logger.warning("a text process ended (%d) over a request that %s; another takes its place", code, reason)
-        return RequestError(f"preparing this request {reason}", code="request_too_costly")
+        limit = f"{seconds:.3g} s of a processor" if code == -signal.SIGPROF else f"{MEMORY_BYTES >> 20} MiB of memory"
+        logger.warning("a text process ended (%d) over work that takes more than %s; another takes its place", code, limit)
+        return RequestError(f"preparing this request takes more than {limit}", code="request_too_costly")
 
     def _replace(self) -> None:
-        if not self._ended:
+        if not self._ended and self._first is not None:
             self._connection.close()
             self._start()
-            self._ask(self._first)
+            self._ask(*self._first)
 
     def _start(self) -> None:
         self._connection, theirs = Pipe()

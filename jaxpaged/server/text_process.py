@@ -1,7 +1,7 @@
 """The process at the other end of a ``text_pool``: it prepares one call after another, and ends when one takes too long.
 
-The limit of time is an alarm of the operating system. So it holds in a loop of a template and in compiled code, and even when the server
-is gone. The process does not load JAX.
+The limit of time is an alarm of the operating system that counts the processor's seconds. So it holds in a loop of a template and in
+compiled code, even when the server is gone, and nobody's request is ended because the machine is busy. The process does not load JAX.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ class Fault(Exception):
 def serve(server: Connection) -> None:
     """Answers messages until the connection is closed; all are pickled.
 
-    The first message is a number of seconds and the ``EngineInfo``, answered with what a trial of the chat template raised, or None. Each
-    further one is a number of seconds and a ``Job``, answered with what ``prepare`` returned or raised, or with a ``Fault``. A message that
-    takes more than its seconds ends the process with SIGALRM.
+    The first message is a number of seconds of a processor and the ``EngineInfo``, answered with what a trial of the chat template raised,
+    or None. Each further one is a number of seconds and a ``Job``, answered with what ``prepare`` returned or raised, or with a
+    ``Fault``. A message that takes more than its seconds ends the process with SIGPROF.
     """
-    signal.signal(signal.SIGALRM, signal.SIG_DFL)
+    signal.signal(signal.SIGPROF, signal.SIG_DFL)
     import_transformers("transformers.utils.chat_template_utils")
     seconds, info = pickle.loads(server.recv_bytes())
     _limit_memory()
@@ -76,9 +76,9 @@ def _try_template(info: EngineInfo) -> RequestError | None:
 
 @contextlib.contextmanager
 def _alarm(seconds: float) -> Iterator[None]:
-    signal.setitimer(signal.ITIMER_REAL, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds)
     yield
-    signal.setitimer(signal.ITIMER_REAL, 0)
+    signal.setitimer(signal.ITIMER_PROF, 0)
 
 
 def _limit_memory() -> None:

@@ -104,9 +104,9 @@ def test_a_call_is_prepared_in_another_process_as_here(make_pool):
 @pytest.mark.parametrize(
     ("body", "reason"),
     [
-        (ENDLESS, "takes too long"),
+        (ENDLESS, r"more than 3"),
         ("{{ 'x' * 10**10 }}", "MiB of memory"),
-        ("{% set ns = namespace(s='x' * 10**8) %}{% for i in range(99999) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "takes (too|more)"),
+        ("{% set ns = namespace(s='x' * 10**8) %}{% for i in range(99999) %}{% set ns.s = ns.s + ns.s %}{% endfor %}", "takes more"),
         ("{{ raise_exception('x' * 10**7) }}", "rejects these messages: x"),
         ("{{ nothing.of.this }}", "rejects these messages"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "rejects these messages"),
@@ -137,7 +137,7 @@ def test_small_work_passes_while_large_work_takes_its_time(make_pool):
         await good  # behind the two that came before it, and not behind all that the other has in line
         assert sum(task.done() for task in evil) == 2
         for task in evil:
-            with pytest.raises(RequestError, match="takes too long"):
+            with pytest.raises(RequestError, match=r"more than 3"):
                 await task
 
     pool.runner.run(asyncio.wait_for(scenario(), 60))
@@ -187,7 +187,7 @@ def test_closing_ends_a_process_that_is_busy(make_pool):
 
 @pytest.mark.parametrize(
     ("template", "reason"),
-    [("{% if %}", "line 1"), ("{{ x | nosuchfilter }}", "nosuchfilter"), (ENDLESS, "takes too long"), ("{{ 'x' * 10**10 }}", "memory")],
+    [("{% if %}", "line 1"), ("{{ x | nosuchfilter }}", "nosuchfilter"), (ENDLESS, r"more than 3"), ("{{ 'x' * 10**10 }}", "memory")],
 )
 def test_a_template_that_cannot_work_ends_the_start(template, reason):
     with pytest.raises(ConfigError, match=reason):
