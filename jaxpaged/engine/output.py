@@ -240,13 +240,16 @@ class _Sample:
         if params.detokenize:
             self._detokenizer = IncrementalDetokenizer(tokenizer, request.prompt, skip_special_tokens=params.skip_special_tokens)
         self._include_stop = params.include_stop_str_in_output
-        self._stops = StopStrings(tuple(params.stop or ()), include=self._include_stop)
+        self._stops = StopStrings(params.stop, include=self._include_stop) if params.stop else None
+        self._tells_offsets = params.logprobs is not None or params.best_of is not None  # whose tokens come with log-probabilities
         self._min_tokens = params.min_tokens
-        self._num_tokens = 0
+        self._num_tokens = 0  # counted where a stop string is looked for
         self._num_chars = 0
 
     def push(self, token_ids: Sequence[int], end: FinishReason | None) -> tuple[str, list[int], int, str | None]:
         """Returns the text to send, where each token's text begins, how many tokens count, and the stop string that ended the sample.
+
+        Where they begin is counted for requests whose tokens come with log-probabilities.
 
         Args:
             token_ids: New tokens.
@@ -256,20 +259,23 @@ class _Sample:
             return "", [0] * len(token_ids), len(token_ids), None
         parts: list[str] = []
         offsets: list[int] = []
-        shown = token_ids[:-1] if end is FinishReason.STOP and not self._include_stop else token_ids
+        shown = token_ids if end is None or self._include_stop or end is not FinishReason.STOP else token_ids[:-1]
         for taken, token_id in enumerate(shown, start=1):
-            self._num_tokens += 1
-            offsets.append(self._num_chars)
             piece = self._detokenizer.push(token_id)
-            self._num_chars += len(piece)
+            if self._tells_offsets:
+                offsets.append(self._num_chars)
+                self._num_chars += len(piece)
+            if self._stops is None:
+                parts.append(piece)
+                continue
+            self._num_tokens += 1
             text, stop = self._stops.push(piece, may_stop=self._num_tokens > self._min_tokens)
             parts.append(text)
             if stop is not None:
                 return "".join(parts), offsets, taken, stop
-        if len(shown) < len(token_ids):
-            offsets.append(self._num_chars)
         if end is not None:
-            parts.append(self._stops.flush() + self._detokenizer.flush())
+            offsets.append(self._num_chars)  # of a token that is not in the text
+            parts.append(("" if self._stops is None else self._stops.flush()) + self._detokenizer.flush())
         return "".join(parts), offsets, len(token_ids), None
 
 
