@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import os
+import queue
 import sys
-from collections.abc import AsyncIterator, Generator, Iterator
+import threading
+from collections.abc import AsyncGenerator, Generator, Iterator
 from typing import Any
 
 from jaxpaged.commands.talker import Message, Piece
@@ -24,17 +26,17 @@ _STOP_S = 2.0
 
 
 class LocalModel:
-    """A model in this process. Its event loop runs while an answer is made and rests while a person types, so Ctrl-C means either.
+    """A model in this process. Its event loop has a thread of its own, so that Ctrl-C reaches the main thread, whatever it waits for.
 
     Args:
-        runner: Runs the loop that the engine delivers to.
+        loop: Runs, in another thread; the engine delivers to it.
         engine: Ready.
         info: What is fixed about it.
         sampling: Request fields that hold for each answer.
     """
 
-    def __init__(self, runner: asyncio.Runner, engine: AsyncEngine, info: EngineInfo, sampling: dict[str, Any]) -> None:
-        self._runner = runner
+    def __init__(self, loop: asyncio.AbstractEventLoop, engine: AsyncEngine, info: EngineInfo, sampling: dict[str, Any]) -> None:
+        self._loop = loop
         self._engine = engine
         self._info = info
         self._sampling = sampling
@@ -48,14 +50,25 @@ class LocalModel:
 
     def answer(self, messages: list[Message]) -> Generator[Piece, None, None]:
         """Yields the answer piece by piece."""
-        pieces = self._pieces(messages)
+        pieces: queue.SimpleQueue[Piece | None] = queue.SimpleQueue()
+        making = asyncio.run_coroutine_threadsafe(self._make(messages, pieces), self._loop)
         try:
-            while (piece := self._runner.run(_next(pieces))) is not None:
+            while (piece := pieces.get()) is not None:
                 yield piece
+            making.result()
         finally:
-            self._runner.run(_close(pieces))
+            making.cancel()
 
-    async def _pieces(self, messages: list[Message]) -> AsyncIterator[Piece]:
+    async def _make(self, messages: list[Message], pieces: queue.SimpleQueue[Piece | None]) -> None:
+        """Makes an answer and hands it over; cancelling ends it."""
+        try:
+            async with contextlib.aclosing(self._pieces(messages)) as made:
+                async for piece in made:
+                    pieces.put(piece)
+        finally:
+            pieces.put(None)
+
+    async def _pieces(self, messages: list[Message]) -> AsyncGenerator[Piece, None]:
         info = self._info
         self._count += 1
         ids = info.tokenizer.apply_chat_template(messages)
@@ -85,10 +98,11 @@ def load_model(config: EngineConfig, sampling: dict[str, Any]) -> Iterator[Local
         ConfigError: It cannot be loaded.
     """
     engine = AsyncEngine(config, progress=make_progress())
-    with asyncio.Runner() as runner:
+    with _running_loop() as loop:
         try:
-            engine.start(runner.get_loop())
-            yield LocalModel(runner, engine, runner.run(engine.wait_ready()), sampling)
+            engine.start(loop)
+            info = asyncio.run_coroutine_threadsafe(engine.wait_ready(), loop).result()
+            yield LocalModel(loop, engine, info, sampling)
         except EngineStopped as error:
             raise ConfigError(str(error)) from error
         except KeyboardInterrupt:
@@ -100,16 +114,32 @@ def load_model(config: EngineConfig, sampling: dict[str, Any]) -> Iterator[Local
             engine.stop(_STOP_S)
 
 
+@contextlib.contextmanager
+def _running_loop() -> Iterator[asyncio.AbstractEventLoop]:
+    """Runs an event loop in a thread; in the end its tasks are cancelled and it is closed."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="jaxpaged-chat", daemon=True)
+    thread.start()
+    try:
+        yield loop
+    finally:
+        with contextlib.suppress(TimeoutError):
+            asyncio.run_coroutine_threadsafe(_end_tasks(), loop).result(_STOP_S)
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join(_STOP_S)
+        if not thread.is_alive():
+            loop.close()
+
+
+async def _end_tasks() -> None:
+    tasks = asyncio.all_tasks() - {asyncio.current_task()}
+    for task in tasks:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+
+
 def _leave() -> None:
     """Ends the process at once: the engine's thread is deep in a compilation, and an orderly exit would wait for it."""
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(INTERRUPTED)
-
-
-async def _next(pieces: AsyncIterator[Piece]) -> Piece | None:
-    return await anext(pieces, None)
-
-
-async def _close(pieces: Any) -> None:
-    await pieces.aclose()
