@@ -172,8 +172,7 @@ class Engine:
     def reset(self) -> list[TokenEvent]:
         """Aborts everything and starts from an empty pool; for a caller that was interrupted in the middle of a step.
 
-        Raises:
-            EngineStopped: The device does not come back.
+        A device that does not come back at once is brought back by the next steps, as after a failure. An engine that gave up stays so.
         """
         self._in_flight.clear()
         self.scheduler.start_over()
