@@ -17,6 +17,7 @@ import contextlib
 import functools
 import json
 import logging
+import math
 import os
 import queue
 import signal
@@ -315,10 +316,10 @@ class _Deadline:
         self._thread.join()
 
     def _wait(self) -> None:
-        until: float | None = None
+        until = math.inf
         with contextlib.suppress(queue.Empty):
-            while (order := self._orders.get(timeout=None if until is None else max(0.0, until - time.monotonic()))) is not None:
-                until = order if until is None else min(until, order)
+            while (order := self._orders.get(timeout=min(max(0.0, until - time.monotonic()), threading.TIMEOUT_MAX))) is not None:
+                until = min(until, order)
             return
         logger.error("the server did not end in time; leaving without what still runs")
         self._log.finish()

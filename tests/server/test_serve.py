@@ -274,8 +274,19 @@ def test_a_second_signal_shortens_what_a_hanging_process_gets(start):
     assert process.end(20.0) == 70
 
 
+def test_a_server_that_may_drain_for_ever_still_ends_after_a_second_signal(start):
+    process = start(hang="loop", shutdown_timeout=float("inf"), end_s=1.0).ready()
+    with contextlib.suppress(httpx.HTTPError):
+        httpx.post(process.url + "/v1/completions", json={"model": "echo", "prompt": "x"}, timeout=1.0)
+    for _ in range(2):
+        process.signal(signal.SIGTERM)
+        time.sleep(0.2)
+    assert process.end(20.0) == 70
+    assert "Traceback" not in process.log
+
+
 def test_sigterm_while_idle_and_while_loading(start):
-    process = start().ready()
+    process = start(shutdown_timeout=float("inf")).ready()
     process.signal(signal.SIGTERM)
     assert process.end(10.0) == 0
     loading = start(state="loading", port=_free_port())
