@@ -12,7 +12,15 @@ from jaxtyping import Array, Float, Int, Num
 
 from pallas_kernels.kv_write import write_kv_pages, write_quantized_kv_pages
 from pallas_kernels.paged_attention import checks
-from pallas_kernels.paged_attention.dispatch import IMPLEMENTATIONS, choose, default_implementation, implementations_on, resolve, sibling
+from pallas_kernels.paged_attention.dispatch import (
+    IMPLEMENTATIONS,
+    choose,
+    default_implementation,
+    implementations_on,
+    naming_what_runs_here,
+    resolve,
+    sibling,
+)
 from pallas_kernels.paged_attention.merge import merge_attention_states
 
 __all__ = [
@@ -73,7 +81,8 @@ def ragged_paged_attention(
         v_scale: The same of stored values.
         return_lse: Whether to return the log of the softmax's sum too, sinks included.
         implementation: ``auto`` for what is fastest on the default device, or one of ``IMPLEMENTATIONS``. What an implementation
-            lacks goes to another one, with one warning that says so.
+            lacks goes to another one, with one warning that says so; what cannot run on the device at all is an error
+            (``implementations_on`` says what can).
         work: What ``make_work_list`` returned for this step and implementation, to share it between layers; None makes it here.
 
     Returns:
@@ -81,16 +90,19 @@ def ragged_paged_attention(
         ``return_lse`` also float32 ``[T, H]``, -inf where nothing was summed.
 
     Raises:
-        ValueError: A shape, dtype or option does not fit; the message names the argument.
+        ValueError: A shape, dtype or option does not fit, or the implementation does not run on this device; the message names the
+            argument. Under ``jax.jit`` the device is known only when the program is compiled: what does not run there is told in
+            jax's own words.
     """
     options = {"sliding_window": sliding_window, "soft_cap": soft_cap, "sinks": sinks, "k_scale": k_scale, "v_scale": v_scale}
     checks.check_arguments(q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, **options)
     module = choose(implementation, q, kv_pages, **options)
     if module is not sibling(resolve(implementation)):
         work = None  # it was made for another implementation
-    return module.ragged_paged_attention(
-        q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, sm_scale=sm_scale, **options, return_lse=return_lse, work=work
-    )
+    with naming_what_runs_here(module):
+        return module.ragged_paged_attention(
+            q, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, sm_scale=sm_scale, **options, return_lse=return_lse, work=work
+        )
 
 
 def ragged_paged_attention_update(
@@ -148,10 +160,11 @@ def ragged_paged_attention_update(
     scale_per_token = getattr(k_scale, "ndim", 0) == 3
     module = choose(implementation, q, kv_pages, **options)
     if hasattr(module, "ragged_paged_attention_update") and not scale_per_token:
-        result, kv_pages = module.ragged_paged_attention_update(
-            q, kv, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, page_ids, offsets,
-            sm_scale=sm_scale, **options, return_lse=return_lse, work=work,
-        )  # fmt: skip
+        with naming_what_runs_here(module):
+            result, kv_pages = module.ragged_paged_attention_update(
+                q, kv, kv_pages, kv_lens, block_tables, cu_q_lens, distribution, page_ids, offsets,
+                sm_scale=sm_scale, **options, return_lse=return_lse, work=work,
+            )  # fmt: skip
         return result, kv_pages, k_scale, v_scale
     if scale_per_token:
         kv_pages, k_scale, v_scale = write_quantized_kv_pages(kv_pages, k_scale, v_scale, kv, page_ids, offsets)

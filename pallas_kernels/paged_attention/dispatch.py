@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import types
 import warnings
+from collections.abc import Iterator
 from typing import Any
 
 import jax
@@ -15,6 +17,10 @@ IMPLEMENTATIONS = ("reference", "xla", "mosaic_gpu", "triton", "tpu")
 
 FALLS_TO = {"mosaic_gpu": "triton", "triton": "xla", "tpu": "xla"}
 """Who serves what an implementation lacks. ``xla`` lacks nothing and runs on every platform."""
+
+
+_REFUSAL = "interpret mode is supported"
+"""What jax says of a kernel that it cannot compile for a platform."""
 
 
 def sibling(implementation: str) -> types.ModuleType:
@@ -54,6 +60,22 @@ def resolve(implementation: str) -> str:
         return default_implementation()
     sibling(implementation)
     return implementation
+
+
+@contextlib.contextmanager
+def naming_what_runs_here(module: types.ModuleType) -> Iterator[None]:
+    """Turns jax's refusal to compile an implementation for the default device into an error that names those that run there.
+
+    Asked is jax, not the device: an implementation may well be traced, lowered or interpreted where it cannot run.
+    """
+    try:
+        yield
+    except ValueError as error:
+        if _REFUSAL not in str(error):
+            raise
+        device, name = jax.devices()[0], module.__name__.rpartition(".")[2]
+        runs = ", ".join(map(repr, ("auto", *implementations_on(device), "reference")))
+        raise ValueError(f"implementation={name!r} does not run on {device.platform}:{device.device_kind}; here run {runs}") from error
 
 
 def choose(implementation: str, q: Any, kv_pages: Any, **options: Any) -> types.ModuleType:

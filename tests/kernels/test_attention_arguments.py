@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from pallas_kernels.paged_attention import ragged_paged_attention
+from pallas_kernels.paged_attention import ragged_paged_attention, ragged_paged_attention_update
 
 GOOD = {
     "q": jax.ShapeDtypeStruct((8, 6, 32), jnp.float32),
@@ -65,3 +65,19 @@ def test_good_arguments_pass():
 def test_bad_argument_is_named(changes, message):
     with pytest.raises(ValueError, match=message):
         call(**changes)
+
+
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="here it may run")
+@pytest.mark.parametrize("implementation", ["triton", "mosaic_gpu", "tpu"])
+@pytest.mark.parametrize("update", [False, True])
+def test_an_implementation_that_does_not_run_here_is_refused_with_those_that_do(implementation, update):
+    q, pages = jnp.ones((2, 4, 128), jnp.bfloat16), jnp.ones((4, 64, 4, 128), jnp.bfloat16)
+    step = [jnp.array(values, jnp.int32) for values in ([1, 1], [[1], [2]], [0, 1, 2], [2, 2, 2])]
+    with pytest.raises(
+        ValueError, match=rf"^implementation='{implementation}' does not run on cpu:cpu; here run 'auto', 'xla', 'reference'$"
+    ):
+        if update:
+            cells = (jnp.array([1, 2], jnp.int32), jnp.zeros(2, jnp.int32))
+            ragged_paged_attention_update(q, q, pages, *step, *cells, sm_scale=1.0, implementation=implementation)
+        else:
+            ragged_paged_attention(q, pages, *step, sm_scale=1.0, implementation=implementation)
