@@ -40,9 +40,9 @@ class VllmOption:
 _ONE_DEVICE = "this version runs on one device"
 _NO_ADAPTERS = "adapters are not in this version"
 _NO_DRAFTS = "speculative decoding is not in this version"
-_NO_TOOLS = "tool calls are not in this version"
+_NO_TOOLS = "calls of tools are not read out of answers in this version"
 _NO_GRAMMAR = "output is not constrained by grammars in this version"
-_ONE_PROCESS = "the server is one process"
+_ONE_PROCESS = "one process holds HTTP and engine"
 _TEXT_ONLY = "models take text only"
 
 VLLM_OPTIONS: Mapping[str, VllmOption] = {
