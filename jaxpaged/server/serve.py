@@ -84,6 +84,8 @@ def run(
     local = is_loopback(listener)
     with contextlib.ExitStack() as stack:
         stack.callback(_close, listener, server_config)
+        # Until the server takes it, Ctrl-C ends the process at once: the exception that Python makes of it can be lost in a callback.
+        stack.callback(signal.signal, signal.SIGINT, signal.signal(signal.SIGINT, signal.SIG_DFL))
         log = stack.enter_context(logging_to(None, server_config.log_format, server_config.uvicorn_log_level))
         deadline = _Deadline(log)
         stack.callback(deadline.cancel)

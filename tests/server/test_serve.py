@@ -48,9 +48,13 @@ def serve(script):
             threading.Thread(target=time.sleep, args=(1000,), name="jaxpaged-text_9").start()
         case "end":
             engine.stop = lambda: time.sleep(1000)
+    if script.pop("interrupted", False):  # while it starts
+        make_engine = lambda config, progress: (os.kill(os.getpid(), signal.SIGINT), engine)[1]
+    else:
+        make_engine = lambda config, progress: engine
     config = ServerConfig(**{name: tuple(v) if isinstance(v, list) else v for name, v in script.items()})
     try:
-        return run(EngineConfig(model="echo"), config, make_engine=lambda config, progress: engine)
+        return run(EngineConfig(model="echo"), config, make_engine=make_engine)
     except ConfigError as error:
         print(f"jaxpaged: {error}", file=sys.stderr)
         return 2
@@ -283,6 +287,12 @@ def test_a_server_that_may_drain_for_ever_still_ends_after_a_second_signal(start
         time.sleep(0.2)
     assert process.end(20.0) == 70
     assert "Traceback" not in process.log
+
+
+def test_ctrl_c_before_the_server_takes_signals_ends_the_process_at_once(start):
+    process = start(interrupted=True)
+    assert process.end(20.0) == -signal.SIGINT
+    assert "Traceback" not in process.log and "ready" not in process.log
 
 
 def test_sigterm_while_idle_and_while_loading(start):
