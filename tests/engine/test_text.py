@@ -10,10 +10,12 @@ import random
 import pytest
 import tokenizers
 import transformers
+from engine_fakes import SMALL
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import decoders, models, normalizers, processors
 
+from jaxpaged import LLM
 from jaxpaged.config import TINY_MODEL
 from jaxpaged.engine import tokenizer as tokenizer_module
 from jaxpaged.engine.output import LEAST_LOGPROB, OutputProcessor, PromptText, StopStrings, describe_token
@@ -665,6 +667,17 @@ def test_tokenizer_json_decides_and_not_the_class_that_is_named(write_tokenizer,
     (*_, said, end) = loaded.apply_chat_template([{"role": "user", "content": LOST}], add_generation_prompt=False)
     assert (said, end) == (loaded.eos_token_id, *loaded.encode("\n"))
     assert (loaded.bos_token, loaded.eos_token, loaded.eos_token_id) == ("<|im_start|>", "<|im_end|>", 2)
+
+
+def test_an_llm_reads_prompts_as_tokenizer_json_says(write_tokenizer):
+    directory = write_tokenizer({"tokenizer_class": "GPT2TokenizerFast"}, pre_tokenizer=DIGITS)
+    options = {"max_num_seqs": 1, "max_num_batched_tokens": 32, "token_buckets": (32,), "num_pages": 9, "compilation_cache_dir": ""}
+    llm = LLM(load_format="dummy", hf_overrides=SMALL, tokenizer=str(directory), show_progress=False, warmup=False, **options)
+    own = tokenizers.Tokenizer.from_file(str(directory / "tokenizer.json"))
+    (output,) = llm.generate(LOST, SamplingParams(max_tokens=3, ignore_eos=True), use_tqdm=False)
+    assert output.prompt_token_ids == own.encode(LOST).ids
+    assert output.outputs[0].text == own.decode(output.outputs[0].token_ids)
+    llm.close()
 
 
 @pytest.mark.parametrize("adds", [{}, {"add_bos_token": True}, {"add_bos_token": False}, {"add_bos_token": None, "add_eos_token": True}])
