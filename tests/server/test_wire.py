@@ -549,15 +549,6 @@ def test_a_client_that_closes_its_half_and_goes_away_after_some_of_its_answers_e
     until(lambda: not server.engine.running and len(server.service.calls) == 0, 5.0)
 
 
-def test_what_is_sent_ahead_of_pipelined_answers_is_part_of_them(make_server):
-    server = make_server(FakeAsyncEngine(step_s=0.15))
-    with server.connect() as connection:
-        connection.sendall(post(b"/v1/completions") * 12)
-        for _ in range(12):
-            answer = read_answer(connection)
-            assert answer.startswith(b"HTTP/1.1 200 OK\r\n") and b'"text":"page"' in answer
-
-
 def test_two_hundred_clients_that_go_away_leave_nothing(make_server):
     server = make_server(FakeAsyncEngine(step_s=0.02, max_calls=300))
     connections = [socket.create_connection(("127.0.0.1", server.port), timeout=10) for _ in range(200)]
