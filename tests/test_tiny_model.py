@@ -210,6 +210,9 @@ def test_the_template_shows_tools_calls_and_results():
         '\n<tool_call>\n{"name": "look", "arguments": {"at": "it"}}\n</tool_call><|im_end|>\n'
         "<|im_start|>tool\nx<|im_end|>\n<|im_start|>assistant\n"
     )
+    talk[1:] = [{"role": "assistant", "function_call": call["function"]}, {"role": "function", "name": "look", "content": "x"}]
+    old = tokenizer.decode(tokenizer.apply_chat_template(talk, tools=[tool]), skip_special_tokens=False)
+    assert old == text.replace("<|im_start|>tool", "<|im_start|>function")
     assert "<think>\nhm\n</think>\nx<|im_end|>" in tokenizer.decode(
         tokenizer.apply_chat_template([{"role": "assistant", "content": "x", "reasoning": "hm"}]), skip_special_tokens=False
     )

@@ -14,7 +14,7 @@ from typing import Any
 from jaxpaged.errors import RequestError
 
 MAX_DEPTH = 32
-"""Deepest nesting of arrays and objects in the arguments of a tool call."""
+"""Deepest nesting of arrays and objects in the arguments of a tool call that a template gets as an object."""
 
 _OF_THE_REQUEST = ("messages", "tools", "documents", "chat_template", "add_generation_prompt", "continue_final_message")
 _OF_TRANSFORMERS = (
@@ -65,12 +65,13 @@ def fit_messages(messages: Sequence[Mapping[str, Any]], support: TemplateSupport
     """Returns the messages in the form that the template takes.
 
     Args:
-        messages: With the arguments of calls as JSON text, as clients got them, or as objects; none or empty text counts as no arguments.
+        messages: With the arguments of calls as JSON text, as clients got them, or as objects; none or empty text counts as no arguments,
+            and text that is no JSON object stays text.
             ``reasoning`` is another name of ``reasoning_content``. No content counts as empty, except from users and the system.
         support: Of the template.
 
     Raises:
-        RequestError: The template leaves a part out, or arguments are not a JSON object.
+        RequestError: The template leaves a part out, or arguments are neither text nor an object.
     """
     fitted = []
     for i, message in enumerate(messages):
@@ -106,20 +107,21 @@ def _fit_function(function: Mapping[str, Any], where: str, support: TemplateSupp
     return {**function, "arguments": given if isinstance(given, str) and given.strip() else json.dumps(arguments, ensure_ascii=False)}
 
 
-def _parse_arguments(arguments: object, where: str) -> Mapping[str, Any]:
-    """Returns the arguments of a call as an object: its strings are valid Unicode, its numbers finite, its depth bounded."""
-    try:
-        text = arguments.strip() if isinstance(arguments, str) else None
-        found = json.loads(text) if text else {} if text == "" or arguments is None else arguments
-        json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
-    except (ValueError, TypeError, RecursionError) as error:
-        reason = "it nests too deep" if isinstance(error, RecursionError) else " ".join(str(error).split())[:100]
-        raise RequestError(f"{where} must be a JSON object, or its text: {reason}", param=where) from None
-    if not isinstance(found, Mapping):
+def _parse_arguments(arguments: object, where: str) -> Mapping[str, Any] | str:
+    """Returns the arguments of a call as an object; text that is no JSON object (finite numbers, Unicode, bounded depth) as it is.
+
+    Models write broken JSON at times, and a history with it must not end the conversation.
+    """
+    if arguments is None or isinstance(arguments, Mapping):
+        return arguments or {}
+    if not isinstance(arguments, str):
         raise RequestError(f"{where} must be a JSON object, or its text", param=where)
-    if _depth(found) > MAX_DEPTH:
-        raise RequestError(f"{where} nests deeper than {MAX_DEPTH}", param=where)
-    return found
+    try:
+        found = json.loads(arguments) if arguments.strip() else {}
+        json.dumps(found, ensure_ascii=False, allow_nan=False).encode("utf-8")
+    except (ValueError, RecursionError):
+        return arguments
+    return found if isinstance(found, Mapping) and _depth(found) <= MAX_DEPTH else arguments
 
 
 def _depth(value: object) -> int:

@@ -6,6 +6,7 @@ that compare two numbers, or need the model, are in words at the route.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -211,8 +212,9 @@ def _post(path: str, names: Sequence[str]) -> _Json:
     if generation:
         content["text/event-stream"] = {"schema": _event(ref(_ANSWER_OF[path] + "Chunk"))}
     body: _Json = {"schema": body_schema(path)}
-    if names:
-        body["example"] = {"model": names[0], **_EXAMPLES[path]}
+    example = {"model": names[0], **_EXAMPLES[path]} if names else _EXAMPLES[path]
+    if names and not generation:
+        body["example"] = example
     operation: _Json = {
         "summary": _SUMMARIES[path],
         "requestBody": {"required": True, "content": {"application/json": body}},
@@ -222,7 +224,8 @@ def _post(path: str, names: Sequence[str]) -> _Json:
         },
     }
     if generation:
-        operation["description"] = _RULES[path] + _GENERATION_RULES
+        # In words: tools that make requests from examples put every field beside the model's name, whatever the rules between fields.
+        operation["description"] = f"{_RULES[path]}{_GENERATION_RULES} For example: {json.dumps(example)}"
     return operation
 
 

@@ -25,7 +25,8 @@ CHAT_TEMPLATE = """\
 {{- '<think>\\n' + message.reasoning_content + '\\n</think>\\n' -}}
 {%- endif -%}
 {{- message.content -}}
-{%- for call in message.tool_calls or [] -%}
+{%- set old = [{'function': message.function_call}] if message.function_call else [] -%}
+{%- for call in message.tool_calls or old -%}
 {{- '\\n<tool_call>\\n' + {'name': call.function.name, 'arguments': call.function.arguments} | tojson + '\\n</tool_call>' -}}
 {%- endfor -%}
 {{- '<|im_end|>\\n' -}}

@@ -120,21 +120,25 @@ def test_no_arguments_are_an_empty_object(arguments):
 
 @pytest.mark.parametrize(
     "arguments",
-    ["nope", "[1]", "5", '"x"', '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', "[" * 100_000, '{"a":' * 40 + "1" + "}" * 40,
-     '{"a": ' + "9" * 5000 + "}", [1], 5, '{"a": 1} x'],
+    ["nope", "[1]", "5", '"x"', '{"a": NaN}', '{"a": 1e999}', '{"a": "\\ud800"}', '{"a": 1} x', '{"city": "Ulm', '{"a":' * 100_000,
+     '{"a":' * MAX_DEPTH + "[]" + "}" * MAX_DEPTH, '{"a": ' + "9" * 5000 + "}"],
     ids=lambda item: repr(item)[:20],
 )  # fmt: skip
-def test_arguments_that_are_no_object_are_refused_by_name(arguments):
+def test_arguments_that_are_no_object_stay_text(arguments):
+    """Models write broken JSON at times: a history with it is no reason to end the conversation."""
+    assert f'"arguments": {json.dumps(arguments)}}}' in rendered(HERMES, talk(arguments))
+    assert f"<call>weather\n{arguments}\n" in rendered(TEXT_ARGUMENTS, talk(arguments))
+
+
+@pytest.mark.parametrize("arguments", [[1], 5, True])
+def test_arguments_of_another_kind_are_refused_by_name(arguments):
     for template in (HERMES, TEXT_ARGUMENTS):
-        error = refused(template, talk(arguments))
-        assert error.param == "messages[1].tool_calls[0].function.arguments"
-        assert error.param in str(error) and len(str(error)) < 300
+        assert refused(template, talk(arguments)).param == "messages[1].tool_calls[0].function.arguments"
 
 
 def test_arguments_may_nest_to_the_bound():
     deepest = '{"a":' * (MAX_DEPTH - 1) + "[]" + "}" * (MAX_DEPTH - 1)
-    rendered(HERMES, talk(deepest))
-    assert refused(HERMES, talk('{"a":' + deepest + "}")).param.endswith("arguments")
+    assert json.dumps(json.loads(deepest)) in rendered(HERMES, talk(deepest))
 
 
 def test_what_a_template_leaves_out_is_refused_by_name():

@@ -4,7 +4,8 @@ import asyncio
 
 import openai
 import pytest
-from server_fakes import FakeAsyncEngine
+from openai.types.chat import ChatCompletionMessage
+from server_fakes import FakeAsyncEngine, byte_tokenizer, replace_info
 from server_harness import LoopbackServer, until
 
 from jaxpaged.config import ServerConfig
@@ -73,6 +74,62 @@ def test_chat_samples_and_logprobs(ai):
         assert choice.finish_reason == "length"
         assert [len(entry.top_logprobs) for entry in choice.logprobs.content] == [3, 3]
         assert bytes(choice.logprobs.content[1].bytes) == b"u"
+
+
+TOOLS = [{"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {"at": {"type": "string"}}}}}]
+SHOWS_TOOLS = (
+    "{% for tool in tools or [] %}{{ tool | tojson }}{% endfor %}{% for m in messages %}<|im_start|>{{ m.role }}: {{ m.content }}"
+    "{% for call in m.tool_calls or [] %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}<|im_end|>{% endfor %}"
+    "{% if thinking %}<|im_start|>{% endif %}"
+)
+
+
+@pytest.fixture(scope="module")
+def tool_ai():
+    engine = FakeAsyncEngine()
+    replace_info(engine, tokenizer=byte_tokenizer(SHOWS_TOOLS))
+    server = LoopbackServer(engine)
+    with openai.OpenAI(base_url=server.url + "/v1", api_key="x", max_retries=0) as made:
+        yield made
+    server.close()
+
+
+def echoed(ai, **fields):
+    """What the template made of it: the scripted model says its prompt again."""
+    fields = {"model": "echo", "max_tokens": 200, "extra_body": {"ignore_eos": True, **fields.pop("extra_body", {})}, **fields}
+    return ai.chat.completions.create(**fields).choices[0].message.content
+
+
+def test_a_history_with_tool_calls(tool_ai):
+    call = {"id": "c1", "type": "function", "function": {"name": "look", "arguments": '{"at":"it"}'}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "seen"}
+    for assistant in ({"role": "assistant", "tool_calls": [call]}, {"role": "assistant", "content": None, "tool_calls": [call]}):
+        assert echoed(tool_ai, messages=[*MESSAGES, assistant, result]) == 'user: hiassistant: look{"at": "it"}tool: seen'
+    said = ChatCompletionMessage.model_validate({"role": "assistant", "content": None, "tool_calls": [call]})
+    assert echoed(tool_ai, messages=[*MESSAGES, said, result]).endswith('look{"at": "it"}tool: seen')
+    with pytest.raises(openai.BadRequestError) as caught:
+        echoed(tool_ai, messages=[*MESSAGES, {"role": "assistant", "content": "x", "reasoning_content": "y"}])
+    assert (caught.value.param, caught.value.code) == ("messages[1].reasoning_content", "unsupported_parameter")
+
+
+def test_tools_that_may_not_be_called(tool_ai):
+    assert echoed(tool_ai, messages=MESSAGES, tools=TOOLS, tool_choice="none").startswith(
+        '{"type": "function", "function": {"name": "look"'
+    )
+    for choice in ({}, {"tool_choice": "auto"}, {"tool_choice": "required"}):
+        with pytest.raises(openai.BadRequestError) as caught:
+            echoed(tool_ai, messages=MESSAGES, tools=TOOLS, **choice)
+        assert caught.value.param in ("tools", "tool_choice")
+
+
+def test_variables_of_the_template(tool_ai):
+    body = {"model": "echo", "messages": MESSAGES, "max_tokens": 1}
+    plain = tool_ai.chat.completions.create(**body).usage.prompt_tokens
+    raw = tool_ai.chat.completions.with_raw_response.create(
+        **body, extra_body={"chat_template_kwargs": {"thinking": True, "enable_thinking": False}}
+    )
+    assert raw.parse().usage.prompt_tokens == plain + 1
+    assert raw.headers["x-jaxpaged-ignored-fields"] == "chat_template_kwargs.enable_thinking"
 
 
 def test_extra_fields_of_vllm(ai):
