@@ -18,7 +18,7 @@ SHOWS_ALL = (
 
 
 def make_app():
-    engine = FakeAsyncEngine(max_model_len=4096)
+    engine = FakeAsyncEngine(max_model_len=2**16)  # no body that is made here is too long for it
     replace_info(engine, tokenizer=byte_tokenizer(SHOWS_ALL))
     return create_app(engine, ServerConfig(), InlinePool())
 
