@@ -37,7 +37,7 @@ DEFAULT_COMPLETION_TOKENS = 16
 MAX_MASK_IDS = 2**20
 """Most token ids in the masks of a call: ids times prompts, since each request brings its masks to the device."""
 
-MAX_PROMPT_LOGPROBS = 2**20
+MAX_PROMPT_LOGPROBS = 2**19
 """Most log-probabilities of prompt tokens in one answer: choices times prompt tokens times candidates. One entry takes about 80 bytes."""
 
 QUICK_PROMPTS = 64
