@@ -40,6 +40,9 @@ MAX_MASK_IDS = 2**20
 MAX_PROMPT_LOGPROBS = 2**19
 """Most log-probabilities of prompt tokens in one answer: choices times prompt tokens times candidates. One entry takes about 80 bytes."""
 
+MAYBE_QUICK = frozenset({"/v1/completions"})
+"""Routes that take token ids for prompts, so that a small body may be quick to prepare, see ``is_quick``."""
+
 QUICK_PROMPTS = 64
 """Most prompts of a call that is prepared at once."""
 

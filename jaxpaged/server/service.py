@@ -19,7 +19,7 @@ from jaxpaged.server.answers import ClientGone, RequestTimedOut, Unavailable
 from jaxpaged.server.body import BodyBudget, read_body
 from jaxpaged.server.calls import Calls
 from jaxpaged.server.generate import Generation
-from jaxpaged.server.prepare import Job, Prepared, PreparedAnswer, PreparedGeneration, is_quick, parse, prepare
+from jaxpaged.server.prepare import MAYBE_QUICK, Job, Prepared, PreparedAnswer, PreparedGeneration, is_quick, parse, prepare
 from jaxpaged.server.protocol import GenerationCall
 from jaxpaged.server.render import Choice, Label, Renderer
 from jaxpaged.server.text_pool import SMALL_BODY_BYTES, TextPool
@@ -115,7 +115,7 @@ class Service:
                 self.engine.count_refusal()
                 raise
             job = Job(path=path, body=raw, request_id=state["request_id"], tenant=state.get("tenant", ""))
-            if len(raw) <= SMALL_BODY_BYTES:
+            if path in MAYBE_QUICK and len(raw) <= SMALL_BODY_BYTES:
                 call = parse(path, raw)
                 info = self.info()
                 self.check_model(call.model, info)

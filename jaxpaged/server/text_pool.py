@@ -1,20 +1,21 @@
 """Processes that prepare calls, so that no template, tokenizer, pattern or body of a client keeps the server from its work.
 
-A thread for each process waits for its answers. A process that dies, of a job's time or memory, is replaced; the job's client is told.
+A process that dies, of a job's time or memory, is replaced; the job's client is told.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import pickle
 import signal
+import socket
+import struct
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from multiprocessing import Pipe
 from typing import Any, Protocol
 
 from jaxpaged.engine.status import EngineInfo
@@ -24,6 +25,9 @@ from jaxpaged.server.text_process import MEMORY_BYTES, Fault
 from jaxpaged.server.turns import Turns
 
 logger = logging.getLogger(__name__)
+
+_LENGTH = struct.Struct("!i")
+"""What ``multiprocessing.connection.Connection``, at the other end, writes before a message."""
 
 JOB_S = 10.0
 JOB_BYTES = 2 * 2**20
@@ -57,7 +61,6 @@ class ProcessPool:
         self._job_s = job_s
         count = count or max(2, min(4, (os.cpu_count() or 1) // 4))
         self._turns = Turns(count)
-        self._threads = ThreadPoolExecutor(count, thread_name_prefix="jaxpaged-text")
         self._idle = [_Process() for _ in range(count)]
         self._all: Sequence[_Process] = tuple(self._idle)
         self._loaded = asyncio.Event()
@@ -68,9 +71,8 @@ class ProcessPool:
         Raises:
             ConfigError: The chat template is not valid, or takes too long or too much for one short message.
         """
-        loop = asyncio.get_running_loop()
-        results = await asyncio.gather(*(loop.run_in_executor(self._threads, process.load, self._job_s, info) for process in self._all))
-        if (error := results[0]) is not None:
+        error, *_ = await asyncio.gather(*(process.load(self._job_s, info) for process in self._all))
+        if error is not None:
             if isinstance(error, RequestError) and error.code in ("invalid_chat_template", "request_too_costly"):
                 raise ConfigError(f"the chat template cannot be used: {error}; give another with --chat-template")
             logger.warning("the chat template refuses a conversation of one short message by the user: %s", error)
@@ -93,14 +95,14 @@ class ProcessPool:
         await self._turns.take(large=large, owner=owner)
         process = self._idle.pop()
         seconds = self._job_s * (1 + size / JOB_BYTES)
-        done = asyncio.get_running_loop().run_in_executor(self._threads, process.do, seconds, job)
+        doing = asyncio.create_task(process.do(seconds, job))
 
         def give_back(_: object) -> None:  # not before the process is done, even where nobody waits for it any more
             self._idle.append(process)
             self._turns.give(large=large)
 
-        done.add_done_callback(give_back)
-        answer = await asyncio.shield(done)
+        doing.add_done_callback(give_back)
+        answer = await asyncio.shield(doing)
         if isinstance(answer, Fault):
             logger.error("request %s failed while it was prepared: %s", job.request_id, answer)
         if isinstance(answer, JaxpagedError | Fault):
@@ -111,60 +113,71 @@ class ProcessPool:
         """Ends the processes, whatever they do; what waits for them gets EngineStopped."""
         for process in self._all:
             process.end()
-        self._threads.shutdown(wait=False, cancel_futures=True)
 
 
 class _Process:
-    """One process. Its methods block; ``end`` may be called while another waits."""
+    """One process, started at once and spoken to from an event loop, by one caller at a time."""
 
     def __init__(self) -> None:
         self._first: tuple[float, EngineInfo] | None = None
         self._ended = False
+        self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._start()
 
-    def load(self, seconds: float, info: EngineInfo) -> JaxpagedError | None:
+    async def load(self, seconds: float, info: EngineInfo) -> JaxpagedError | None:
         """Sends the first message, now and to each process that replaces this one; returns what the trial of the template said."""
         self._first = seconds, info
-        answer: JaxpagedError | None = self._ask(seconds, info)
+        answer: JaxpagedError | None = await self._ask(seconds, info)
         return answer
 
-    def do(self, seconds: float, job: Job) -> Prepared | JaxpagedError | Fault:
+    async def do(self, seconds: float, job: Job) -> Prepared | JaxpagedError | Fault:
         """Sends a job and returns its answer; a process that is gone is replaced, before the job or after it."""
         if self._process.poll() is not None:
-            self._replace()
-        answer: Prepared | JaxpagedError | Fault = self._ask(seconds, job)
+            await self._replace()
+        answer: Prepared | JaxpagedError | Fault = await self._ask(seconds, job)
         if self._process.poll() is not None:
-            self._replace()
+            await self._replace()
         return answer
 
     def end(self) -> None:
-        """Ends the process at once."""
+        """Ends the process at once; callable after the event loop has ended."""
         self._ended = True
         self._process.kill()
         self._process.wait()
+        self._disconnect()
 
-    def _ask(self, seconds: float, what: EngineInfo | Job) -> Any:
+    async def _ask(self, seconds: float, what: EngineInfo | Job) -> Any:
+        message = pickle.dumps((seconds, what))
+        reader, writer = self._streams = self._streams or await asyncio.open_unix_connection(sock=self._socket)
         try:
-            self._connection.send_bytes(pickle.dumps((seconds, what)))
-            return pickle.loads(self._connection.recv_bytes())
-        except (EOFError, OSError):
-            code = self._process.wait()
+            writer.write(_LENGTH.pack(len(message)) + message)
+            (length,) = _LENGTH.unpack(await reader.readexactly(_LENGTH.size))
+            return pickle.loads(await reader.readexactly(length))
+        except (asyncio.IncompleteReadError, OSError):
+            code = await asyncio.to_thread(self._process.wait)
         if self._ended:
             return EngineStopped("the server is shutting down")
         limit = f"{seconds:.3g} s of a processor" if code == -signal.SIGPROF else f"{MEMORY_BYTES >> 20} MiB of memory"
         logger.warning("a text process ended (%d) over work that takes more than %s; another takes its place", code, limit)
         return RequestError(f"preparing this request takes more than {limit}", code="request_too_costly")
 
-    def _replace(self) -> None:
+    async def _replace(self) -> None:
         if not self._ended and self._first is not None:
-            self._connection.close()
-            self._start()
-            self._ask(*self._first)
+            self._disconnect()
+            await asyncio.to_thread(self._start)
+            await self._ask(*self._first)
 
     def _start(self) -> None:
-        self._connection, theirs = Pipe()
+        self._socket, theirs = socket.socketpair()
         command = [sys.executable, "-P", "-m", "jaxpaged.server.text_process", str(theirs.fileno())]
         self._process = subprocess.Popen(
             command, stdin=subprocess.DEVNULL, stdout=subprocess.DEVNULL, pass_fds=[theirs.fileno()], start_new_session=True
         )
         theirs.close()
+
+    def _disconnect(self) -> None:
+        with contextlib.suppress(RuntimeError):  # of an event loop that has ended
+            if self._streams is not None:
+                self._streams[1].close()
+        self._streams = None
+        self._socket.close()
