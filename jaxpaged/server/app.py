@@ -138,6 +138,8 @@ class Routes:
     async def model(self, request: Request) -> Response:
         """Describes one name."""
         name = request.path_params["model"]
+        if not name:
+            raise HTTPException(404)
         self._service.check_model(name, self._service.info())
         return json_response(self._model(name))
 

@@ -166,6 +166,11 @@ def test_a_route_that_there_is_not_is_named_with_what_was_probably_meant(shared_
         assert error["message"] == MISSING[path]
 
 
+def test_no_name_of_a_model_is_no_route(shared_client):
+    error = shared_client.refused(shared_client.request("GET", "/v1/models/"), 404, code="not_found")
+    assert error["message"] == "there is no /v1/models/; did you mean /v1/models?"
+
+
 def test_what_is_meant_exists_and_what_is_not_supported_does_not(shared_client):
     routes = [route.path for route in shared_client.app.routes]
     for path in ELSEWHERE:
