@@ -7,6 +7,7 @@ compiled code, even when the server is gone, and nobody's request is ended becau
 from __future__ import annotations
 
 import contextlib
+import gc
 import pickle
 import resource
 import signal
@@ -43,6 +44,8 @@ def serve(server: Connection) -> None:
     with _alarm(seconds):
         answer = pickle.dumps(_try_template(info))
     server.send_bytes(answer)
+    gc.collect()
+    gc.freeze()  # what was loaded lives as long as the process; collections need not look at it
     while True:
         seconds, job = pickle.loads(server.recv_bytes())
         with _alarm(seconds):
