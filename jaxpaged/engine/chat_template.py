@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import importlib
 import logging
 from collections.abc import Mapping, Sequence
@@ -58,7 +59,7 @@ class ChatTemplate:
             raise RequestError("messages must hold at least one message", param="messages", code="invalid_messages")
         given = [{key: value for key, value in message.items() if value is not None} for message in messages]
         try:
-            (text,), _ = import_transformers("transformers.utils.chat_template_utils").render_jinja_template(
+            (text,), _ = _renderer()(
                 conversations=[given],
                 tools=None if tools is None else list(tools),
                 chat_template=self.source,
@@ -73,6 +74,11 @@ class ChatTemplate:
             reason = _shortened(str(error))
             raise RequestError(f"the chat template rejects these messages: {reason}", param="messages", code="invalid_messages") from error
         return str(text)
+
+
+@functools.cache
+def _renderer() -> Any:
+    return import_transformers("transformers.utils.chat_template_utils").render_jinja_template
 
 
 def import_transformers(name: str = "transformers") -> Any:

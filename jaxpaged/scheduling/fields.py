@@ -284,7 +284,9 @@ def check_sampling_fields(values: Mapping[str, object]) -> None:
         RequestError: Names the field, the value and what is allowed.
     """
     for field in SAMPLING_FIELDS:
-        field.check(values.get(field.name))
+        value = values.get(field.name)
+        if value is None or value is not field.default:
+            field.check(value)
     max_tokens, min_tokens = values.get("max_tokens"), values.get("min_tokens") or 0
     if isinstance(max_tokens, int) and isinstance(min_tokens, int) and min_tokens > max_tokens:
         raise RequestError(f"min_tokens must not exceed max_tokens ({max_tokens}); got {min_tokens}", param="min_tokens")

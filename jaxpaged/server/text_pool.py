@@ -37,6 +37,9 @@ SMALL_BODY_BYTES = 32 * 1024
 """Bodies up to this size are small: they need no budget, are parsed where they arrive, and have a process that large ones may not use."""
 
 
+_STOPPING = "the server is shutting down"
+
+
 class TextPool(Protocol):
     """What the routes need; ``ProcessPool`` is the real one, tests have one without processes."""
 
@@ -131,13 +134,25 @@ class _Process:
         return answer
 
     async def do(self, seconds: float, job: Job) -> Prepared | JaxpagedError | Fault:
-        """Sends a job and returns its answer; a process that is gone is replaced, before the job or after it."""
+        """Sends a job and returns its answer; a process that is gone is replaced.
+
+        If it was not the job's time that ended the process, the job is tried once more: somebody else may have ended it (the system where
+        memory is short, say), just before the job came.
+        """
+        answer, code = await self._try(seconds, job)
+        if code not in (None, -signal.SIGPROF):
+            answer, _ = await self._try(seconds, job)
+        return answer
+
+    async def _try(self, seconds: float, job: Job) -> tuple[Prepared | JaxpagedError | Fault, int | None]:
+        """Returns the answer to a job, and the exit code of the process if it died over it."""
         if self._process.poll() is not None:
             await self._replace()
         answer: Prepared | JaxpagedError | Fault = await self._ask(seconds, job)
-        if self._process.poll() is not None:
+        code = self._process.returncode
+        if code is not None:
             await self._replace()
-        return answer
+        return answer, code
 
     def end(self) -> None:
         """Ends the process at once; callable after the event loop has ended."""
@@ -147,6 +162,8 @@ class _Process:
         self._disconnect()
 
     async def _ask(self, seconds: float, what: EngineInfo | Job) -> Any:
+        if self._ended:
+            return EngineStopped(_STOPPING)
         message = pickle.dumps((seconds, what))
         reader, writer = self._streams = self._streams or await asyncio.open_unix_connection(sock=self._socket)
         try:
@@ -156,7 +173,7 @@ class _Process:
         except (asyncio.IncompleteReadError, OSError):
             code = await asyncio.to_thread(self._process.wait)
         if self._ended:
-            return EngineStopped("the server is shutting down")
+            return EngineStopped(_STOPPING)
         limit = f"{seconds:.3g} s of a processor" if code == -signal.SIGPROF else f"{MEMORY_BYTES >> 20} MiB of memory"
         logger.warning("a text process ended (%d) over work that takes more than %s; another takes its place", code, limit)
         return RequestError(f"preparing this request takes more than {limit}", code="request_too_costly")

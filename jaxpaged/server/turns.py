@@ -30,6 +30,9 @@ class Turns:
             large: Whether the work may take long.
             owner: Whose work it is; owners share alike, however many pieces each has in line.
         """
+        if self._free and not large and not self._small:
+            self._free -= 1
+            return
         turn = asyncio.get_running_loop().create_future()
         (self._large.setdefault(owner, deque()) if large else self._small).append(turn)
         self._call()

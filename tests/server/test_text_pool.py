@@ -168,6 +168,21 @@ def test_a_process_that_somebody_killed_is_replaced(make_pool):
     assert pool.text("good", size=SMALL_BODY_BYTES + 1) == "good"
 
 
+def test_a_process_that_dies_over_a_job_that_is_none_of_its_limits_is_asked_again(make_pool):
+    pool = make_pool(on("slow", "{% for a in range(20000) %}{% for b in range(100) %}{% endfor %}{% endfor %}"))
+
+    async def scenario():
+        asked = asyncio.create_task(pool.ask("slow"))
+        await asyncio.sleep(0.1)
+        for pid in pool.pids:
+            os.kill(pid, signal.SIGKILL)
+        return await asked
+
+    (prompt,) = pool.runner.run(asyncio.wait_for(scenario(), 60)).prompts
+    assert pool.info.tokenizer.decode(prompt.token_ids) == "slow"
+    assert pool.text("good") == "good"
+
+
 def test_closing_ends_a_process_that_is_busy(make_pool):
     pool = make_pool(on("evil", ENDLESS))
 
