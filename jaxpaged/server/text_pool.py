@@ -72,9 +72,11 @@ class ProcessPool:
         """Gives the processes their tokenizer and tries the chat template; jobs wait until that is done.
 
         Raises:
-            ConfigError: The chat template is not valid, or takes too long or too much for one short message.
+            ConfigError: A process cannot start; or the chat template is not valid, or takes too long or too much for one short message.
         """
         error, *_ = await asyncio.gather(*(process.load(self._job_s, info) for process in self._all))
+        if failed := next((process.exit_code for process in self._all if (process.exit_code or 0) > 0), None):
+            raise ConfigError(f"a text process ended with exit code {failed} before it was ready; the lines above may say why")
         if error is not None:
             if isinstance(error, RequestError) and error.code in ("invalid_chat_template", "request_too_costly"):
                 raise ConfigError(f"the chat template cannot be used: {error}; give another with --chat-template")
@@ -127,6 +129,11 @@ class _Process:
         self._streams: tuple[asyncio.StreamReader, asyncio.StreamWriter] | None = None
         self._start()
 
+    @property
+    def exit_code(self) -> int | None:
+        """What the process is known to have ended with; minus a signal's number, None while it lives."""
+        return self._process.returncode
+
     async def load(self, seconds: float, info: EngineInfo) -> JaxpagedError | None:
         """Sends the first message, now and to each process that replaces this one; returns what the trial of the template said."""
         self._first = seconds, info
@@ -149,7 +156,7 @@ class _Process:
         if self._process.poll() is not None:
             await self._replace()
         answer: Prepared | JaxpagedError | Fault = await self._ask(seconds, job)
-        code = self._process.returncode
+        code = self.exit_code
         if code is not None:
             await self._replace()
         return answer, code
@@ -175,7 +182,7 @@ class _Process:
         if self._ended:
             return EngineStopped(_STOPPING)
         limit = f"{seconds:.3g} s of a processor" if code == -signal.SIGPROF else f"{MEMORY_BYTES >> 20} MiB of memory"
-        logger.warning("a text process ended (%d) over work that takes more than %s; another takes its place", code, limit)
+        logger.warning("a text process ended with code %d while it prepared a request; another takes its place", code)
         return RequestError(f"preparing this request takes more than {limit}", code="request_too_costly")
 
     async def _replace(self) -> None:

@@ -5,6 +5,7 @@ import copy
 import dataclasses
 import json
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -14,6 +15,7 @@ from server_fakes import SPECIAL, FakeAsyncEngine
 
 from jaxpaged.engine.chat_template import ChatTemplate
 from jaxpaged.errors import ConfigError, EngineStopped, RequestError
+from jaxpaged.server import text_pool
 from jaxpaged.server.prepare import Job
 from jaxpaged.server.text_pool import SMALL_BODY_BYTES, ProcessPool
 
@@ -207,6 +209,12 @@ def test_closing_ends_a_process_that_is_busy(make_pool):
 def test_a_template_that_cannot_work_ends_the_start(template, reason):
     with pytest.raises(ConfigError, match=reason):
         Pool(info_with(template))
+
+
+def test_a_process_that_cannot_start_ends_the_start_and_no_template_is_blamed(monkeypatch):
+    monkeypatch.setattr(text_pool.sys, "executable", shutil.which("false"))
+    with pytest.raises(ConfigError, match="exit code 1 before it was ready"):
+        Pool(info_with("{{ messages[0].content }}"))
 
 
 def test_a_template_that_refuses_the_trial_may_serve_others(make_pool, caplog):
